@@ -1,0 +1,77 @@
+"""The contract of a backbone entry: images -> the features of layers 1..L."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from bench.registry import EntryInfo, EntryOptions, Registry
+
+Kind = Literal["cnn", "vit", "apvit"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneInfo(EntryInfo):
+    """Data of a backbone entry."""
+
+    kind: Kind
+    """What methods ask for: ``cnn`` has spatial maps at every layer, ``vit`` has tokens and attentions."""
+    guided_layers: tuple[int, ...] = (5,)
+    """Layers whose attention AU guidance aligns unless the configuration says otherwise."""
+
+
+class BackboneOptions(EntryOptions):
+    """Options every backbone has."""
+
+    weights: str = "random"
+    """``random``, ``imagenet``, or the path of a ``.safetensors`` or ``.pth`` file."""
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Features:
+    """What a backbone computes for a batch of B images."""
+
+    layers: dict[int, Tensor]
+    """Layer l -> (B, C_l, h_l, w_l); 1 = stem after its activation, 2..5 = the stages (DESIGN.md, words)."""
+    extras: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """What only some methods read, by name (``attention`` of a transformer, for instance)."""
+
+
+class Backbone(nn.Module, ABC):
+    """Base of all backbones."""
+
+    class Options(BackboneOptions):
+        """Accepted keys of ``[backbones.NAME]``."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    image_sizes: ClassVar[tuple[int, ...] | None] = None
+    """The only input sizes the network takes, None for any."""
+
+    channels: dict[int, int]
+    """Layer -> number of channels; the highest layer feeds the classifier."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, options: Options, *, image_size: int) -> Backbone:
+        """Make the network for square inputs of this side.
+
+        Raises:
+            ValueError: an option or the image size is impossible.
+            FileNotFoundError: pretrained weights are asked for and cannot be had; the message says which file to put where.
+        """
+
+    @property
+    def last(self) -> int:
+        """The layer that feeds the classifier."""
+        return max(self.channels)
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Features:
+        """(B, 3, S, S) normalised images -> features."""
+
+
+BACKBONES: Registry[Backbone, BackboneInfo] = Registry("backbone", group="bench.backbones", base=lambda: Backbone, info=BackboneInfo)

@@ -1,0 +1,335 @@
+"""``bench.toml`` -> typed, frozen, validated settings, of which every value knows where it came from.
+
+Layers, later ones win: defaults (the classes below), the profile shipped with the package, the file, the profile of
+that name in the file, the environment (``BENCH_TRAIN__LR=0.01``), ``--set train.lr=0.01``, command-line flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bench.registry import did_you_mean
+
+CONFIG_NAME = "bench.toml"
+ENV_PREFIX = "BENCH_"
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunConfig(_Section):
+    """What to run and where to put it."""
+
+    methods: tuple[str, ...] = ("all",)
+    """Names, ``all``, or ``everything``."""
+    datasets: tuple[str, ...] = ("synthetic",)
+    backbones: tuple[str, ...] = ("resnet50",)
+    """Each method runs on every listed backbone it can take."""
+    guidance: tuple[Literal["none", "au"], ...] = ("none", "au")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    variant: Literal["paper", "official"] = "paper"
+    """``paper``: what each method's own paper says; ``official``: what the published FER code computes."""
+    protocol: Literal["val", "test-selected"] = "val"
+    """Split whose accuracy selects the checkpoint. ``test-selected`` reproduces the published habit, optimistically."""
+    results: Path = Path("results")
+    data: Path = Path("data")
+    """Folder of prepared datasets."""
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> RunConfig:
+        for key in ("methods", "datasets", "backbones", "guidance", "seeds"):
+            values = getattr(self, key)
+            if not values:
+                raise ValueError(f"{key}: empty list; name at least one")
+            repeated = sorted({str(v) for v in values if values.count(v) > 1})
+            if repeated:
+                raise ValueError(f"{key}: {', '.join(repeated)} is listed more than once")
+        return self
+
+
+class TrainConfig(_Section):
+    """Optimisation. The defaults are the one published command (METHODS.md 1.5)."""
+
+    epochs: Positive = 20
+    batch_size: Positive = 224
+    """Global batch: over all processes and accumulated micro-batches."""
+    accumulate: Positive = 1
+    """Micro-batches per step and process."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.002
+    head_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """Learning rate of the head relative to the backbone's."""
+    momentum: Fraction = 0.9
+    """SGD (Nesterov) only."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    step_epochs: Positive = 4
+    """``step``: the learning rate is multiplied by ``gamma`` every so many epochs."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.9
+    min_lr: Annotated[float, Field(ge=0)] = 1e-7
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Largest norm of the gradient; 0 = off."""
+    balance: Literal["none", "class"] = "none"
+    """``class``: samples are drawn so that every class is seen equally often."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    select_every: Positive = 1
+    """Epochs between evaluations that may select the checkpoint."""
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0
+    """Longest time between checkpoints; there is one at every end of an epoch as well."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> TrainConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size = {self.batch_size} is not a multiple of accumulate = {self.accumulate}")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs = {self.warmup_epochs} leaves nothing of epochs = {self.epochs}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr = {self.min_lr} is above lr = {self.lr}")
+        return self
+
+
+class GuidanceConfig(_Section):
+    """Training with action units: loss += weight * mean(1 - cosine(layer attention, AU map))."""
+
+    weight: Annotated[float, Field(gt=0)] = 9.0
+    """Lambda; 9 is published for AffectNet, 4 fits the published RAF-DB figures (METHODS.md 1.4)."""
+    layers: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Layers to align; empty = the backbone's own choice (the last stage of a CNN)."""
+    au_maps: Literal["official", "symmetric"] = "symmetric"
+    """Geometry of the AU maps, in training."""
+    grid: Positive = 28
+    """Side of the grid the AU maps are made on."""
+
+
+class AugmentConfig(_Section):
+    """The published recipe (METHODS.md 1.6)."""
+
+    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 6.0
+    rotation_p: Fraction = 0.5
+    crop_scale: tuple[Fraction, Fraction] = (0.8, 1.0)
+    """Range of the area of the random square crop, as a share of the picture."""
+    flip_p: Fraction = 0.5
+    grayscale_p: Fraction = 0.2
+    jitter_p: Fraction = 0.8
+    brightness: Fraction = 0.4
+    contrast: Fraction = 0.4
+    saturation: Fraction = 0.4
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    erase_p: Fraction = 0.5
+    erase_area: tuple[Fraction, Fraction] = (0.02, 0.33)
+    erase_ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.3, 3.3)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentConfig:
+        for key in ("crop_scale", "erase_area", "erase_ratio"):
+            low, high = getattr(self, key)
+            if low > high:
+                raise ValueError(f"{key}: the first value, {low}, is above the second, {high}")
+        if self.crop_scale[0] <= 0:
+            raise ValueError("crop_scale: the smallest crop needs an area above 0")
+        return self
+
+
+class ImagesConfig(_Section):
+    """The network's input."""
+
+    size: Annotated[int, Field(ge=16)] = 224
+    """Side of the square input in pixels."""
+
+
+class EvaluationConfig(_Section):
+    """The one pass over the test split that serves every cell of a training."""
+
+    batch_size: Positive = 64
+    au_maps: Literal["official", "symmetric"] = "symmetric"
+    """Geometry of the AU maps the cosines are taken with."""
+
+
+class LoaderConfig(_Section):
+    """How shards are read. Nothing here can change a result."""
+
+    kind: Literal["indexed", "stream"] = "indexed"
+    workers: Annotated[int, Field(ge=0)] = 2
+    cache_gib: Annotated[float, Field(ge=0)] = 2.0
+    """A split whose decoded pictures fit is decoded once and kept in memory."""
+    verify: bool = True
+    """Check the sha256 of every shard at the first opening of a run."""
+
+
+class Config(_Section):
+    """All settings of a run."""
+
+    run: RunConfig = RunConfig()
+    train: TrainConfig = TrainConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    augment: AugmentConfig = AugmentConfig()
+    images: ImagesConfig = ImagesConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    loader: LoaderConfig = LoaderConfig()
+    methods: dict[str, dict[str, Any]] = {}
+    """``[methods.NAME]``: options of one method, checked by the method itself."""
+    backbones: dict[str, dict[str, Any]] = {}
+    datasets: dict[str, dict[str, Any]] = {}
+    """``[datasets.NAME]``: options of one dataset; ``entry`` names the registered dataset if NAME is the user's own, ``raw`` its folder."""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names its place, its key, its value and what would do."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """A validated configuration and where each of its values came from."""
+
+    config: Config
+    origins: Mapping[str, str]
+    """Dotted key -> origin, for every value."""
+
+    def origin(self, key: str) -> str:
+        """Where the value of a dotted key came from."""
+        return self.origins.get(key, "default")
+
+
+def load_settings(
+    *,
+    file: Path | None = None,
+    profile: str | None = None,
+    sets: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """Merge all layers and validate the result.
+
+    Args:
+        file: a TOML file; None = ``bench.toml`` in the working directory, if there is one.
+        profile: name of a set of values; None = the file's ``profile`` key, if any.
+        sets: ``a.b=value`` strings, the value in TOML notation (a bare word is a string).
+        flags: dotted key -> value, from command-line flags that were given.
+        environ: the environment; None = the real one.
+
+    Raises:
+        ConfigError: naming origin, key, value and the nearest valid choice.
+    """
+    if file is not None and not file.is_file():
+        raise ConfigError(f"--config {file}: no such file")
+    path = file or (Path(CONFIG_NAME) if Path(CONFIG_NAME).is_file() else None)
+    content = _read_toml(path.read_text(encoding="utf-8"), origin=str(path)) if path else {}
+    shipped = _read_toml(files("bench").joinpath("profiles.toml").read_text(encoding="utf-8"), origin="profiles.toml")
+
+    own_profiles = _table(content.pop("profiles", {}), key="profiles", origin=str(path))
+    profile = profile or content.pop("profile", None)
+    content.pop("profile", None)
+    merged: dict[str, tuple[Any, str]] = {}
+    if profile is not None:
+        if not isinstance(profile, str) or profile not in {*shipped, *own_profiles}:
+            raise ConfigError(f"unknown profile {profile!r}.{did_you_mean(str(profile), {*shipped, *own_profiles})}")
+        merged.update(_flatten(shipped.get(profile, {}), origin=f"shipped profile {profile}"))
+    merged.update(_flatten(content, origin=str(path)))
+    if profile is not None and profile in own_profiles:
+        merged.update(
+            _flatten(_table(own_profiles[profile], key=f"profiles.{profile}", origin=str(path)), origin=f"{path} [profiles.{profile}]")
+        )
+    for name, value in sorted((os.environ if environ is None else environ).items()):
+        if name.startswith(ENV_PREFIX) and "__" in name:
+            key = name.removeprefix(ENV_PREFIX).lower().replace("__", ".")
+            merged[key] = (_parse_value(value), f"environment {name}")
+    for assignment in sets:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {assignment!r}: write it as key=value, for example --set train.lr=0.01")
+        merged[key.strip()] = (_parse_value(value.strip()), f"--set {assignment}")
+    for key, value in (flags or {}).items():
+        merged[key] = (value, f"--{key.removeprefix('run.').replace('_', '-')}")
+    return _validate(merged)
+
+
+def _validate(merged: Mapping[str, tuple[Any, str]]) -> Settings:
+    tree: dict[str, Any] = {}
+    for key, (value, origin) in merged.items():
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{origin}: key {key!r}: {parent!r} is a value, not a table")
+        node[leaf] = value
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, merged)) from None
+    origins = {key: merged[key][1] if key in merged else "default" for key, _ in walk(config.model_dump(mode="json"))}
+    return Settings(config=config, origins=origins)
+
+
+def walk(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of every leaf of nested tables."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from walk(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _flatten(tree: Mapping[str, Any], *, origin: str) -> dict[str, tuple[Any, str]]:
+    return {key: (value, origin) for key, value in walk(tree)}
+
+
+def _explain(error: ValidationError, merged: Mapping[str, tuple[Any, str]]) -> str:
+    lines = []
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"]]
+        # A problem inside a list has the position as its last parts; the origin belongs to the list.
+        key = next((".".join(location[:n]) for n in range(len(location), 0, -1) if ".".join(location[:n]) in merged), ".".join(location))
+        value, origin = merged.get(key, (problem["input"], ""))
+        if problem["type"] == "extra_forbidden":
+            section, name = ".".join(location[:-1]), location[-1]
+            where = origin or next((o for k, (_, o) in merged.items() if k.startswith(".".join(location) + ".")), "")
+            lines.append(f"{where}: unknown key {'.'.join(location)!r}.{did_you_mean(name, _fields(section))}")
+        elif problem["type"] == "value_error":
+            involved = [
+                f"{k} from {o}" for k, (_, o) in merged.items() if k.startswith(key + ".") and k.rsplit(".", 1)[-1] in problem["msg"]
+            ]
+            lines.append(f"[{key}] {problem['msg'].removeprefix('Value error, ')}{' (' + '; '.join(involved) + ')' if involved else ''}")
+        else:
+            lines.append(f"{origin}: {key} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+    return "\n".join(lines)
+
+
+def _fields(section: str) -> list[str]:
+    if not section:
+        return list(Config.model_fields)
+    annotation = Config.model_fields[section.split(".")[0]].annotation
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def _read_toml(text: str, *, origin: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{origin}: not valid TOML: {error}") from error
+
+
+def _table(value: Any, *, key: str, origin: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{origin}: {key} = {value!r}: expected a table")
+    return value
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,307 @@
+"""The matrix: settings -> cells -> trainings. Pure: no I/O, no torch; keys and seeds are derived here and only here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from pydantic import ValidationError
+
+from bench.backbone import BACKBONES, Backbone, BackboneInfo
+from bench.config import Config, ConfigError, Settings
+from bench.method import METHODS, Method, MethodInfo, Variant
+from bench.registry import Entry, EntryOptions, Registry, did_you_mean
+
+Guidance = Literal["none", "au"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetRef:
+    """A prepared dataset as the matrix sees it."""
+
+    name: str
+    fingerprint: str
+    """`bench.data.index.Index.fingerprint`."""
+    samples: Mapping[str, int]
+    """Split -> number of samples."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """One set of weights: everything that can change them, and nothing else."""
+
+    trains_as: str
+    method_options: Mapping[str, Any]
+    variant: Variant
+    guidance: Guidance
+    backbone: str
+    backbone_options: Mapping[str, Any]
+    dataset: DatasetRef
+    seed: int
+    settings: Mapping[str, Any]
+    """The sections of the configuration that decide the weights, resolved."""
+
+    @property
+    def key(self) -> str:
+        """Hash of the identity: equal keys share weights."""
+        return digest(
+            {
+                "kind": "training/1",
+                "trains_as": self.trains_as,
+                "method_options": self.method_options,
+                "variant": self.variant,
+                "guidance": self.guidance,
+                "backbone": self.backbone,
+                "backbone_options": self.backbone_options,
+                "dataset": self.dataset.fingerprint,
+                "seed": self.seed,
+                "settings": self.settings,
+            }
+        )
+
+    @property
+    def label(self) -> str:
+        """Short name for logs and errors."""
+        return f"{self.dataset.name}/{self.backbone}/{self.trains_as}/{self.guidance}/seed{self.seed}"
+
+    def without_pretrained(self) -> Training:
+        """The same network without a need for pretrained files, for loading trained weights into (its key differs)."""
+        return dataclasses.replace(self, backbone_options={**self.backbone_options, "weights": "random"})
+
+    def derived_seed(self, role: str) -> int:
+        """A 63-bit seed for one role (``init``, ``data``, ``step``).
+
+        It depends on the seed and the role alone: at one seed every method starts alike and sees the same pictures in
+        the same order with the same augmentation, so that comparisons between methods are paired.
+        """
+        return int(digest({"role": role, "seed": self.seed})[:16], 16) >> 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One row of results: a training, read out by one method."""
+
+    method: str
+    method_options: Mapping[str, Any]
+    training: Training
+    evaluation: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Hash of the training's key, the read-out and the evaluation settings."""
+        return digest(
+            {
+                "kind": "cell/1",
+                "training": self.training.key,
+                "method": self.method,
+                "method_options": self.method_options,
+                "evaluation": self.evaluation,
+            }
+        )
+
+    @property
+    def path(self) -> str:
+        """Folder of the cell below ``<results>/cells``: readable, and unique by its hash."""
+        t = self.training
+        return f"{_safe(t.dataset.name)}/{_safe(t.backbone)}/{_safe(self.method)}/{t.guidance}/seed{t.seed}-{self.key[:10]}"
+
+    @property
+    def label(self) -> str:
+        """Short name for logs and errors."""
+        t = self.training
+        return f"{t.dataset.name}/{t.backbone}/{self.method}/{t.guidance}/seed{t.seed}"
+
+
+class Planned(NamedTuple):
+    """A training and the cells it serves."""
+
+    training: Training
+    cells: tuple[Cell, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """All cells, in order."""
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def trainings(self) -> tuple[Planned, ...]:
+        """The trainings the cells need, each once, in the order of its first cell."""
+        served: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            served.setdefault(cell.training.key, []).append(cell)
+        return tuple(Planned(cells[0].training, tuple(cells)) for cells in served.values())
+
+
+def digest(tree: Any) -> str:
+    """sha256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()).hexdigest()
+
+
+def build_matrix(settings: Settings, datasets: Mapping[str, DatasetRef]) -> Matrix:
+    """Expand settings into cells, methods outermost in table order, seeds innermost.
+
+    Args:
+        settings: the validated configuration.
+        datasets: a reference for every dataset the configuration names.
+
+    Raises:
+        ValueError: an unknown name, an option an entry does not have, a pair of method and backbone that cannot be, a
+            batch larger than a training split. The message names the origin of the value and what would do.
+    """
+    config = settings.config
+    methods = select(METHODS, config.run.methods, origin=settings.origin("run.methods"))
+    backbones = select(BACKBONES, config.run.backbones, origin=settings.origin("run.backbones"))
+    for section, registry in (("methods", METHODS), ("backbones", BACKBONES)):
+        check_sections(settings, section, registry.names())
+    pairs = _pair(methods, backbones, origin=settings.origin("run.backbones"))
+    for name in config.run.datasets:
+        samples = datasets[name].samples.get("train", 0)
+        if samples < config.train.batch_size:
+            raise ConfigError(
+                f"{settings.origin('train.batch_size')}: train.batch_size = {config.train.batch_size} is above the {samples} training "
+                f"samples of {name}; try --set train.batch_size={max(1, samples // 4)}"
+            )
+    cells = [
+        Cell(
+            method=method.name,
+            method_options=_options(settings, "methods", method),
+            evaluation=config.evaluation.model_dump(mode="json", exclude={"batch_size"}),
+            training=Training(
+                trains_as=(trained := METHODS.get(method.info.trains_as or method.name)).name,
+                method_options=_options(settings, "methods", trained),
+                variant=config.run.variant,
+                guidance=guidance,
+                backbone=backbone.name,
+                backbone_options=_options(settings, "backbones", backbone),
+                dataset=datasets[dataset],
+                seed=seed,
+                settings=_weight_settings(config, guidance=guidance, backbone=backbone),
+            ),
+        )
+        for dataset in config.run.datasets
+        for method, backbone in pairs
+        for guidance in config.run.guidance
+        for seed in config.run.seeds
+    ]
+    return Matrix(cells=tuple(cells))
+
+
+T = TypeVar("T")
+I = TypeVar("I", MethodInfo, BackboneInfo)  # noqa: E741
+
+
+def select(registry: Registry[T, I], names: Sequence[str], *, origin: str) -> list[Entry[T, I]]:
+    """Resolve names, ``all`` and ``everything`` to entries, each once, in the order given.
+
+    Raises:
+        ConfigError: an unknown name; the message proposes the nearest.
+    """
+    chosen: dict[str, Entry[T, I]] = {}
+    for name in names:
+        if name in ("all", "everything"):
+            chosen.update({entry.name: entry for entry in registry if entry.info.in_all or name == "everything"})
+        else:
+            try:
+                chosen[name] = registry.get(name)
+            except ValueError as error:
+                raise ConfigError(f"{origin}: {error}") from error
+    return list(chosen.values())
+
+
+def check_sections(settings: Settings, section: str, known: Sequence[str]) -> None:
+    """Refuse ``[section.NAME]`` tables of entries that do not exist.
+
+    Raises:
+        ConfigError: naming the table, its origin and the nearest entry.
+    """
+    for name in getattr(settings.config, section):
+        if name not in known:
+            origin = next((o for key, o in settings.origins.items() if key.startswith(f"{section}.{name}.")), "")
+            raise ConfigError(f"{origin}: [{section}.{name}] is of no known entry.{did_you_mean(name, known)}")
+
+
+def parse_options(registry: Registry[Any, Any], name: str, given: Mapping[str, Any], *, where: str) -> EntryOptions:
+    """Validate the options of one entry with its own model.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest), or a value of the wrong type; ``where`` leads the message.
+    """
+    model: type[EntryOptions] = registry.get(name).target.Options
+    try:
+        return model.model_validate(dict(given))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            raise ConfigError(f"{where}: {registry.noun} {name!r} has no option {key!r}.{did_you_mean(key, model.model_fields)}") from None
+        raise ConfigError(f"{where}: option {key} = {problem['input']!r} of {registry.noun} {name!r}: {problem['msg']}") from None
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Refuse a global batch that does not divide over processes and micro-batches.
+
+    Raises:
+        ConfigError: with the nearest batch sizes that do.
+    """
+    parts = world_size * config.train.accumulate
+    batch = config.train.batch_size
+    if batch % parts:
+        below, above = batch // parts * parts, -(-batch // parts) * parts
+        near = " or ".join(str(b) for b in (below, above) if b)
+        raise ConfigError(
+            f"train.batch_size = {batch} does not divide over {world_size} processes x accumulate = {config.train.accumulate}; "
+            f"nearest that do: {near}"
+        )
+
+
+def _options(settings: Settings, section: str, entry: Entry[Any, Any]) -> dict[str, Any]:
+    given = getattr(settings.config, section).get(entry.name, {})
+    origins = {settings.origin(f"{section}.{entry.name}.{key}") for key in given}
+    registry: Registry[Any, Any] = METHODS if section == "methods" else BACKBONES
+    return parse_options(registry, entry.name, given, where=f"[{section}.{entry.name}] ({', '.join(sorted(origins))})").model_dump(
+        mode="json"
+    )
+
+
+def _weight_settings(config: Config, *, guidance: Guidance, backbone: Entry[Backbone, BackboneInfo]) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "train": config.train.model_dump(mode="json", exclude={"checkpoint_minutes"}),
+        "augment": config.augment.model_dump(mode="json"),
+        "images": config.images.model_dump(mode="json"),
+        "protocol": config.run.protocol,
+    }
+    if guidance == "au":
+        aligned = config.guidance.model_dump(mode="json")
+        settings["guidance"] = aligned | {"layers": aligned["layers"] or list(backbone.info.guided_layers)}
+    return settings
+
+
+def _pair(
+    methods: Sequence[Entry[Method, MethodInfo]], backbones: Sequence[Entry[Backbone, BackboneInfo]], *, origin: str
+) -> list[tuple[Entry[Method, MethodInfo], Entry[Backbone, BackboneInfo]]]:
+    """Every method on every backbone it can take; each method and each backbone must occur."""
+    pairs = [(m, b) for m in methods for b in backbones if b.info.kind in m.info.backbones]
+    for method in methods:
+        if not any(m is method for m, _ in pairs):
+            possible = [b.name for b in BACKBONES if b.info.kind in method.info.backbones]
+            raise ConfigError(
+                f"{origin}: method {method.name!r} can take none of the backbones {', '.join(b.name for b in backbones)}; "
+                f"it can take: {', '.join(possible)}"
+            )
+    for backbone in backbones:
+        if not any(b is backbone for _, b in pairs):
+            possible = [m.name for m in METHODS if backbone.info.kind in m.info.backbones]
+            raise ConfigError(
+                f"{origin}: backbone {backbone.name!r} serves none of the methods {', '.join(m.name for m in methods)}; "
+                f"it serves: {', '.join(possible)}"
+            )
+    return pairs
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)

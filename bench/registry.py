@@ -1,0 +1,201 @@
+"""One registry class, three instances: methods, backbones, datasets.
+
+Entries are found in three ways, all through the same door:
+
+* entry points of installed packages (groups ``bench.methods``, ``bench.backbones``, ``bench.datasets``); the built-in
+  entries are declared in this project's own ``pyproject.toml`` in just this way;
+* ``--plugin module_or_file.py`` (see `load_plugin`);
+* a direct import of a module that uses the decorator.
+
+Names are known without importing an entry; the entry's module is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class EntryOptions(BaseModel):
+    """Base of the options an entry accepts in ``[methods.NAME]``, ``[backbones.NAME]`` or ``[datasets.NAME]``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EntryInfo:
+    """What a reader of a table may ask about any entry."""
+
+    title: str
+    """Name as printed in tables."""
+    paper: str = ""
+    """Authors, venue and year of the source."""
+    year: int | None = None
+    doi: str = ""
+    url: str = ""
+    in_all: bool = True
+    """Whether ``all`` on the command line includes the entry (``everything`` always does)."""
+
+
+T = TypeVar("T")
+I = TypeVar("I", bound=EntryInfo)  # noqa: E741 - the info record that belongs to T
+C = TypeVar("C", bound=type)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Entry(Generic[T, I]):
+    """A registered name: the class behind it, its data, and where it was defined (``file:line``)."""
+
+    name: str
+    target: type[T]
+    info: I
+    origin: str
+
+
+class UnknownEntryError(ValueError):
+    """A name that no entry has."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a hint sentence for a mistyped name: close matches first, then what there is."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    shown = ", ".join(names[:30]) + (f", ... ({len(names)} in all)" if len(names) > 30 else "")
+    return f"{hint} Available: {shown or 'none'}."
+
+
+class Registry(Generic[T, I]):
+    """Names to classes of one kind, lazily imported, each defined exactly once."""
+
+    def __init__(self, noun: str, *, group: str, base: Callable[[], type[T]], info: type[I]) -> None:
+        self.noun = noun
+        self.group = group
+        self._base = base
+        self._info = info
+        self._entries: dict[str, Entry[T, I]] = {}
+        self._lazy: dict[str, EntryPoint] | None = None
+
+    def register(self, name: str, /, **info: Any) -> Callable[[C], C]:
+        """Class decorator: enter the class under ``name`` with its data.
+
+        Raises:
+            ValueError: the name is taken by a class defined elsewhere, or is not lower case without spaces.
+            TypeError: the class does not derive from the registry's base, or a field of the data is unknown.
+        """
+        if name != name.lower() or any(c.isspace() or c in ",/[]:" for c in name):
+            raise ValueError(f"{self.noun} name {name!r}: use lower case without spaces, commas, slashes, colons or brackets")
+
+        def enter(cls: C) -> C:
+            target: type = cls
+            if not issubclass(target, self._base()):
+                raise TypeError(f"{self.noun} {name!r}: {cls.__qualname__} does not derive from {self._base().__qualname__}")
+            origin = _origin(cls)
+            taken = self._entries.get(name)
+            if taken is not None and taken.origin != origin:
+                raise ValueError(f"{self.noun} {name!r} is defined twice: in {taken.origin} and in {origin}")
+            self._entries[name] = Entry(name=name, target=target, info=self._info(**info), origin=origin)
+            return cls
+
+        return enter
+
+    def names(self) -> tuple[str, ...]:
+        """All known names, sorted, without importing any entry."""
+        return tuple(sorted(self._entries.keys() | self._entry_points().keys()))
+
+    def get(self, name: str) -> Entry[T, I]:
+        """Return the entry of this name, importing its module if that has not happened yet.
+
+        Raises:
+            UnknownEntryError: no such name; the message proposes the nearest ones.
+            ValueError: two packages define the name, or a module does not register what its entry point promises.
+        """
+        point = self._entry_points().get(name)
+        if name not in self._entries and point is not None:
+            try:
+                importlib.import_module(point.module)
+            except ImportError as error:
+                raise ValueError(f"{self.noun} {name!r} cannot be imported from {_describe(point)}: {error}") from error
+            if name not in self._entries:
+                raise ValueError(f"{_describe(point)} names {self.noun} {name!r}, but {point.module} does not register it")
+        try:
+            entry = self._entries[name]
+        except KeyError:
+            raise UnknownEntryError(f"unknown {self.noun} {name!r}.{did_you_mean(name, self.names())}") from None
+        if point is not None and point.module != entry.target.__module__:
+            raise ValueError(f"{self.noun} {name!r} is defined twice: in {_describe(point)} and in {entry.origin}")
+        return entry
+
+    def __iter__(self) -> Iterator[Entry[T, I]]:
+        return (self.get(name) for name in self.names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def _entry_points(self) -> dict[str, EntryPoint]:
+        if self._lazy is None:
+            found: dict[str, EntryPoint] = {}
+            for point in entry_points(group=self.group):
+                other = found.get(point.name)
+                if other is not None and other.value != point.value:
+                    raise ValueError(f"{self.noun} {point.name!r} is defined twice: in {_describe(other)} and in {_describe(point)}")
+                found[point.name] = point
+            self._lazy = found
+        return self._lazy
+
+
+def load_plugin(target: str) -> None:
+    """Import a module by name, or a ``.py`` file by path, so that its decorators register their entries.
+
+    Raises:
+        ValueError: there is no such module or file, or importing it fails; the cause is chained.
+    """
+    path = Path(target)
+    if target.endswith(".py"):
+        if not path.is_file():
+            raise ValueError(f"--plugin {target}: no such file")
+        path = path.resolve()
+        # The name is a function of the path, so that loading the same file twice is one module, not two.
+        name = f"bench_plugin_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+        if name in sys.modules:
+            return
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise ValueError(f"--plugin {target}: {type(error).__name__}: {error}") from error
+        return
+    try:
+        importlib.import_module(target)
+    except ImportError as error:
+        raise ValueError(f"--plugin {target}: {error}. Give an importable module, or a path that ends in .py") from error
+
+
+def _origin(cls: type) -> str:
+    try:
+        path = inspect.getsourcefile(cls) or cls.__module__
+        _, line = inspect.getsourcelines(cls)
+    except (OSError, TypeError):  # defined interactively
+        return f"{cls.__module__}.{cls.__qualname__}"
+    return f"{path}:{line}"
+
+
+def _describe(point: EntryPoint) -> str:
+    package = point.dist.name if point.dist is not None else "an unknown package"
+    return f"{package} (entry point {point.name} = {point.value})"

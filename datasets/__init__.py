@@ -1,0 +1,1 @@
+"""The datasets, one file each; imported as ``bench.datasets``. Nothing in ``bench`` imports them: the registry finds them."""

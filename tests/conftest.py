@@ -1,0 +1,125 @@
+"""Fixtures shared by all rooms."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.config import load_settings
+from bench.sweep.datasets import prepare_missing
+from bench.sweep.plan import make_plan
+from bench.sweep.run import Outcome, run_plan
+from bench.training.engine import Engine
+from bench.training.observer import LogObserver
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads() -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the machine's own reaches a test."""
+    for name in [n for n in os.environ if n.startswith("BENCH_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def run_python() -> Callable[..., str]:
+    """Run code in a fresh interpreter, away from the checkout; returns what it printed."""
+
+    def run(code: str, *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            capture_output=True,
+            text=True,
+            cwd=cwd or Path("/"),
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def run_bench() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in a fresh process; the result is not checked."""
+
+    def run(
+        *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 280
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-P", "-m", "bench", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=cwd or Path("/"),
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **(env or {})},
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
+
+
+TINY = """
+[run]
+methods = ["cam"]
+backbones = ["mini"]
+data = "{data}"
+[images]
+size = 32
+[backbones.mini]
+width = 8
+norm = "group"
+[datasets.synthetic]
+size = 36
+train = 48
+val = 14
+test = 27
+[train]
+epochs = 2
+batch_size = 12
+optimizer = "adamw"
+lr = 0.003
+schedule = "constant"
+[loader]
+workers = 0
+"""
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared datasets, shared by all tests: preparing is deterministic, so sharing changes nothing."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def project(tmp_path: Path, data_root: Path) -> Path:
+    """An empty folder with a bench.toml that makes a run of seconds."""
+    (tmp_path / "bench.toml").write_text(TINY.format(data=data_root))
+    return tmp_path
+
+
+@pytest.fixture
+def go(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Carry out a run in this process, from settings given as dotted keys."""
+    monkeypatch.chdir(project)
+
+    def run(**flags: object) -> Outcome:
+        settings = load_settings(environ={}, flags={key.replace("__", "."): value for key, value in flags.items()})
+        plan = make_plan(settings)
+        prepare_missing(plan.sources.values(), observer=LogObserver(), plugins=())
+        engine = Engine(precision=settings.config.train.precision, device="cpu")
+        return run_plan(make_plan(settings), engine=engine, observer=LogObserver())
+
+    return run

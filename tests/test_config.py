@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench.config import Config, ConfigError, load_settings, walk
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write(text: str) -> Path:
+    path = Path("bench.toml")
+    path.write_text(text)
+    return path
+
+
+def test_without_anything_every_value_is_a_default():
+    settings = load_settings(environ={})
+    assert settings.config == Config()
+    assert set(settings.origins.values()) == {"default"}
+
+
+def test_every_value_has_an_origin():
+    settings = load_settings(environ={}, profile="quick")
+    assert {key for key, _ in walk(settings.config.model_dump(mode="json"))} == set(settings.origins)
+
+
+def test_layers_win_in_order_and_say_so():
+    write("[train]\nepochs = 2\nlr = 0.02\nmomentum = 0.2\nweight_decay = 0.2\n[profiles.quick.train]\nlr = 0.03\n")
+    settings = load_settings(
+        profile="quick",
+        environ={"BENCH_TRAIN__MOMENTUM": "0.4", "BENCH_TRAIN__WEIGHT_DECAY": "0.4"},
+        sets=["train.weight_decay=0.5", "run.seeds=[5]"],
+        flags={"run.seeds": [6]},
+    )
+    train = settings.config.train
+    assert train.batch_size == 64
+    assert settings.origin("train.batch_size") == "shipped profile quick"
+    assert (train.epochs, settings.origin("train.epochs")) == (2, "bench.toml")
+    assert (train.lr, settings.origin("train.lr")) == (0.03, "bench.toml [profiles.quick]")
+    assert (train.momentum, settings.origin("train.momentum")) == (0.4, "environment BENCH_TRAIN__MOMENTUM")
+    assert (train.weight_decay, settings.origin("train.weight_decay")) == (0.5, "--set train.weight_decay=0.5")
+    assert (settings.config.run.seeds, settings.origin("run.seeds")) == ((6,), "--seeds")
+
+
+def test_the_file_can_choose_its_profile():
+    write('profile = "mine"\n[profiles.mine.train]\nepochs = 3\n')
+    assert load_settings(environ={}).config.train.epochs == 3
+
+
+@pytest.mark.parametrize("profile", ["quick", "paper"])
+def test_shipped_profiles_are_valid(profile):
+    load_settings(environ={}, profile=profile)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train]\nepoch = 3\n", r"bench\.toml: unknown key 'train\.epoch'\. Did you mean 'epochs'"),
+        ("[trian]\nepochs = 3\n", r"bench\.toml: unknown key 'trian'\. Did you mean 'train'"),
+        ('[train]\nlr = "fast"\n', r"bench\.toml: train\.lr = 'fast'"),
+        ("[train]\nlr = -1\n", r"bench\.toml: train\.lr = -1"),
+        ('[train]\noptimizer = "sdg"\n', r"train\.optimizer = 'sdg': input should be 'sgd' or 'adamw'"),
+        ('[run]\nguidance = ["nonne"]\n', r"bench\.toml: run\.guidance = \['nonne'\]"),
+        ("[run]\nseeds = [0, 0]\n", r"seeds: 0 is listed more than once"),
+        ("[run]\nmethods = []\n", r"methods: empty list"),
+        (
+            "[train]\nbatch_size = 10\naccumulate = 3\n",
+            r"batch_size = 10 is not a multiple of accumulate = 3 \(train\.batch_size from bench\.toml",
+        ),
+        ("[augment]\ncrop_scale = [0.9, 0.8]\n", r"crop_scale: the first value"),
+        ("train = 3\n", r"bench\.toml: train = 3"),
+        ("[train\n", r"bench\.toml: not valid TOML"),
+        ('profile = "qiuck"\n', r"unknown profile 'qiuck'\. Did you mean 'quick'"),
+    ],
+)
+def test_what_cannot_be_is_an_error_that_names_file_key_value_and_the_nearest_choice(text, message):
+    write(text)
+    with pytest.raises(ConfigError, match=message):
+        load_settings(environ={})
+
+
+def test_a_bad_environment_variable_is_named():
+    with pytest.raises(ConfigError, match=r"environment BENCH_TRAIN__EPOCS: unknown key 'train.epocs'. Did you mean 'epochs'"):
+        load_settings(environ={"BENCH_TRAIN__EPOCS": "3"})
+
+
+def test_a_set_without_a_value_is_an_error():
+    with pytest.raises(ConfigError, match="write it as key=value"):
+        load_settings(environ={}, sets=["train.lr"])
+
+
+def test_a_missing_file_is_an_error():
+    with pytest.raises(ConfigError, match="no such file"):
+        load_settings(environ={}, file=Path("nowhere.toml"))
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        load_settings(environ={}).config.train.epochs = 3
