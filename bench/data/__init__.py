@@ -1,0 +1,1 @@
+"""The data plane: shards, their index, readers, batch transforms."""
