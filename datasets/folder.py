@@ -1,0 +1,311 @@
+"""A user's own folder: ``<root>/<split>/<class>/<picture>`` plus ``landmarks.csv``.
+
+Splits are ``train``, ``test`` and, optionally, ``val``; without ``val`` one is cut from train (`bench.data.splits.stratified_cut`).
+Every file in a class folder counts as a picture unless its name begins with a dot; what cannot be decoded ends up in the list of bad
+pictures. Class names are free: those that are one of the seven expressions take the project's order, the others follow alphabetically.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, field_validator
+
+from bench.data.pictures import decode_picture, orient_landmarks
+from bench.data.splits import CUT_RULE, hash_sources, stratified_cut
+from bench.dataset import DATASETS, EXPRESSIONS, SPLITS, BadPictureError, Dataset, Face, Item
+
+LANDMARKS_NAME = "landmarks.csv"
+LANDMARKS_HEADER = ("path", *(f"{axis}{i}" for i in range(68) for axis in "xy"))
+_SPLIT_ALIASES = {"valid": "val", "validation": "val", "dev": "val", "training": "train", "testing": "test"}
+
+
+class LandmarkTable:
+    """``landmarks.csv``, parsed row by row on demand: a worker needs a few of what may be hundreds of thousands of rows."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file's text and find the row of every picture.
+
+        Raises:
+            ValueError: the header is wrong, a row has no path, or a picture has two rows; the message gives the line.
+        """
+        self.path = path
+        data = path.read_bytes()
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        try:
+            lines = data.decode("utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 at byte {error.start}. Save the file as UTF-8") from error
+        header = tuple(cell.strip() for cell in lines[0].split(","))
+        if header != LANDMARKS_HEADER:
+            raise ValueError(f"{path}: line 1 must be path,x0,y0,x1,y1,...,x67,y67, but is {','.join(header)[:60]!r}")
+        self._rows: dict[str, tuple[int, str]] = {}
+        for number, line in enumerate(lines[1:], start=2):
+            if not line.strip():
+                continue
+            # Quotes are needed around names with commas only, and the csv module is slow on 137 columns.
+            name = next(csv.reader([line]))[0] if line.startswith('"') else line.partition(",")[0]
+            source = name.strip().replace("\\", "/").removeprefix("./")
+            if not source:
+                raise ValueError(f"{path}: line {number} has no path")
+            if source in self._rows:
+                raise ValueError(f"{path}: lines {self._rows[source][0]} and {number} are both about {source}; keep one")
+            self._rows[source] = (number, line)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, source: object) -> bool:
+        return source in self._rows
+
+    def sources(self) -> Sequence[str]:
+        """The pictures that have a row, in the file's order."""
+        return tuple(self._rows)
+
+    def points(self, source: str) -> npt.NDArray[np.float64] | None:
+        """Return the (68, 2) landmarks of a picture in pixels; None if it has no row, or one that says "not found" in every cell.
+
+        Not found: an empty cell or ``nan``.
+
+        Raises:
+            ValueError: the row has too few or too many cells, one that is no number, one that is infinite, or only some that are empty.
+        """
+        if source not in self._rows:
+            return None
+        number, line = self._rows[source]
+        cells = next(csv.reader([line]))[1:]
+        where = f"{self.path}: line {number} ({source})"
+        if len(cells) != 136:
+            raise ValueError(f"{where} has {len(cells)} coordinates, 136 are needed")
+        try:
+            values = [float(cell) if cell.strip() else math.nan for cell in cells]
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        missing = sum(math.isnan(value) for value in values)
+        if missing == 136:
+            return None
+        if missing or not all(map(math.isfinite, values)):
+            column = LANDMARKS_HEADER[1:][next(i for i, value in enumerate(values) if not math.isfinite(value))]
+            raise ValueError(f"{where}: {column} is not a finite number. Leave all 136 cells empty where no face was found")
+        return np.array(values).reshape(68, 2)
+
+
+@DATASETS.register(
+    "folder",
+    title="Own folder",
+    license="That of the pictures you provide; nothing is known about it here.",
+    in_all=False,
+)
+class Folder(Dataset):
+    """Pictures in ``<root>/<split>/<class>/``, landmarks in ``<root>/landmarks.csv``."""
+
+    class Options(Dataset.Options):
+        """Options of ``folder``."""
+
+        val_fraction: float = Field(default=0.1, gt=0, lt=1)
+        """Share of train that becomes val where the folder has no val split."""
+        val_salt: str = "bench-val-1"
+        """What the cut hashes beside the names; another salt is another cut."""
+        identity_pattern: str = ""
+        """Regular expression, searched in the file name, whose first group is the person: ``^(.+)_[0-9]+\\.`` for Ann_Lee_0009.jpg."""
+        landmark_frame: Literal["stored", "upright"] = "stored"
+        """Pixels that the landmarks count: those stored in the file, or those seen after the EXIF orientation. Same without EXIF."""
+
+        @field_validator("identity_pattern")
+        @classmethod
+        def _has_a_group(cls, value: str) -> str:
+            try:
+                groups = re.compile(value).groups
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from error
+            if value and not groups:
+                raise ValueError("has no group; put the part that names the person in parentheses, such as ^(.+)_[0-9]+\\.")
+            return value
+
+    options: Options
+
+    def __init__(self, options: Options, *, raw: Path | None) -> None:
+        """Keep the options; nothing is read yet."""
+        super().__init__(options, raw=raw)
+        if raw is None:
+            raise ValueError("dataset 'folder' reads your pictures: say where they are with --raw DIR")
+        self.root = raw
+        self._classes: tuple[str, ...] | None = None
+        self._table: LandmarkTable | None = None
+        self._provenance: dict[str, Any] = {}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names found in any split: expressions first, in the project's order, then the others alphabetically."""
+        if self._classes is None:
+            found = {folder.name for split in self._split_folders().values() for folder in _folders(split)}
+            expressions = tuple(name for name in EXPRESSIONS if name in found)
+            self._classes = expressions + tuple(sorted(found - set(expressions)))
+        return self._classes
+
+    def splits(self) -> Mapping[str, Sequence[Item]]:
+        """List every picture, cut val if there is none, and check ``landmarks.csv`` to the last cell."""
+        folders = self._split_folders()
+        notes: list[str] = []
+        stray = [p.name for p in _folders(self.root) if p.name not in folders]
+        if stray:
+            notes.append(f"not a split, left out: {', '.join(stray)}")
+        found = {split: self._items(folder) for split, folder in folders.items()}
+        self._check_classes(found, notes)
+        if self.options.identity_pattern:
+            self._check_identities(found, notes)
+
+        cut = "val" not in found
+        if cut:
+            train, val = stratified_cut(found["train"], fraction=self.options.val_fraction, salt=self.options.val_salt)
+            found["train"], found["val"] = train, val
+        self._provenance = {"val": {"sources_sha256": hash_sources(found["val"]), "cut_from_train": cut}}
+        if cut:
+            self._provenance["val"] |= {"rule": CUT_RULE, "fraction": self.options.val_fraction, "salt": self.options.val_salt}
+        self._provenance["landmarks"] = self._check_landmarks(found, notes)
+        self._provenance["notes"] = notes
+        return {split: sorted(found[split], key=_mixed) for split in SPLITS}
+
+    def read(self, item: Item) -> Face:
+        """Read one picture upright, with its landmarks turned along.
+
+        Raises:
+            BadPictureError: not a picture, damaged, or empty.
+            OSError: the file cannot be read at all; that says nothing about the picture, so it stops the work.
+        """
+        image, orientation = decode_picture((self.root / item.source).read_bytes())
+        landmarks = None
+        if (self.root / LANDMARKS_NAME).is_file():
+            self._table = self._table or LandmarkTable(self.root / LANDMARKS_NAME)
+            landmarks = self._table.points(item.source)
+        if landmarks is not None and self.options.landmark_frame == "stored":
+            height, width = image.shape[:2]
+            landmarks = orient_landmarks(landmarks, orientation=orientation, width=width, height=height)
+        if landmarks is not None and not _near(landmarks, image):
+            raise BadPictureError(
+                f"all landmarks lie outside the {image.shape[1]} x {image.shape[0]} picture; are they in pixels of this very file?"
+            )
+        return Face(image=image, landmarks=landmarks)
+
+    def provenance(self) -> Mapping[str, Any]:
+        """How val came about, the hash of ``landmarks.csv``, and what was odd."""
+        return self._provenance
+
+    def _split_folders(self) -> dict[str, Path]:
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"--raw {self.root}: no such folder")
+        folders = {path.name: path for path in _folders(self.root)}
+        for name in folders:
+            meant = _SPLIT_ALIASES.get(name.lower(), name.lower())
+            if meant != name and meant in SPLITS:
+                raise ValueError(f"{folders[name]}: the split is called {meant!r} here. Rename: mv {folders[name]} {self.root / meant}")
+        for split in ("train", "test"):
+            if split not in folders:
+                have = f"it has {', '.join(folders)}" if folders else "it has no folder at all"
+                raise ValueError(
+                    f"{self.root} has no {split!r} folder ({have}). Expected: train/CLASS/PICTURE and test/CLASS/PICTURE in {self.root}"
+                )
+        return {split: folders[split] for split in SPLITS if split in folders}
+
+    def _items(self, split: Path) -> list[Item]:
+        pattern = re.compile(self.options.identity_pattern) if self.options.identity_pattern else None
+        items = []
+        for folder in _folders(split):
+            label = self.classes.index(folder.name)
+            for path in sorted(folder.iterdir()):
+                if path.name.startswith("."):
+                    continue
+                if path.is_dir():
+                    raise ValueError(f"{path} is a folder, but pictures must lie directly in {folder}")
+                source = f"{split.name}/{folder.name}/{path.name}"
+                try:
+                    source.encode()
+                except UnicodeEncodeError:
+                    raise ValueError(f"{folder}: the file name {path.name!r} is not valid UTF-8. Rename it") from None
+                match = pattern.search(path.name) if pattern else None
+                items.append(Item(source=source, label=label, identity=match.group(1) if match else None))
+        if not items:
+            raise ValueError(f"split {split.name!r} is empty: no picture in {split}/CLASS/")
+        return items
+
+    def _check_classes(self, found: Mapping[str, Sequence[Item]], notes: list[str]) -> None:
+        counts = {split: Counter(item.label for item in items) for split, items in found.items()}
+        for label, name in enumerate(self.classes):
+            lacking = [split for split in found if not counts[split][label]]
+            if "train" in lacking:
+                others = [other for i, other in enumerate(self.classes) if counts["train"][i]]
+                close = difflib.get_close_matches(name.lower(), others, n=1, cutoff=0.6)
+                hint = f" Is it the same as {close[0]!r}?" if close else ""
+                raise ValueError(f"class {name!r} has no picture in {self.root / 'train'}, so it cannot be learnt.{hint} Add or remove it")
+            notes.extend(f"class {name!r} has no picture in {split}" for split in lacking)
+
+    def _check_identities(self, found: Mapping[str, Sequence[Item]], notes: list[str]) -> None:
+        items = [item for split in found.values() for item in split]
+        known = sum(item.identity is not None for item in items)
+        if not known:
+            raise ValueError(
+                f"option identity_pattern={self.options.identity_pattern!r} matches no file name, not even {Path(items[0].source).name!r}"
+            )
+        if known < len(items):
+            notes.append(f"identity_pattern matches {known} of {len(items)} file names; the others count as one person each")
+
+    def _check_landmarks(self, found: Mapping[str, Sequence[Item]], notes: list[str]) -> dict[str, Any]:
+        path = self.root / LANDMARKS_NAME
+        if not path.is_file():
+            notes.append(f"no {LANDMARKS_NAME}: the pictures have no landmarks, hence no AU maps, no guidance and no CAM-COS")
+            return {"file_sha256": None}
+        self._table = table = LandmarkTable(path)
+        wrong: list[str] = []
+        largest = 0.0
+        for source in table.sources():
+            try:
+                points = table.points(source)
+                largest = max(largest, 0.0 if points is None else float(points.max()))
+            except ValueError as error:
+                wrong.append(str(error))
+        if wrong:
+            more = f" ({len(wrong)} such rows in all)" if len(wrong) > 1 else ""
+            raise ValueError(f"{wrong[0]}{more}")
+        if 0 < largest <= 1:
+            raise ValueError(f"{path}: no coordinate exceeds 1; multiply them by the picture's width and height, pixels are needed")
+        pictures = {item.source for items in found.values() for item in items}
+        orphans = [source for source in table.sources() if source not in pictures]
+        if len(orphans) == len(table):
+            raise ValueError(
+                f"{path}: no row names a picture of {self.root}"
+                + (f"; the first is {orphans[0]!r}" if orphans else "; there are no rows")
+                + f". Paths are relative to {self.root}, such as {min(pictures)!r}"
+            )
+        if orphans:
+            notes.append(f"{LANDMARKS_NAME}: {len(orphans)} of {len(table)} rows name no picture here, first: {orphans[0]}")
+        lacking = sum(source not in table for source in pictures)
+        if lacking:
+            first = min(source for source in pictures if source not in table)
+            notes.append(f"{LANDMARKS_NAME}: {lacking} of {len(pictures)} pictures have no row, first: {first}")
+        return {"file_sha256": table.sha256, "rows": len(table), "rows_without_picture": len(orphans), "pictures_without_row": lacking}
+
+
+def _folders(parent: Path) -> list[Path]:
+    return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _mixed(item: Item) -> bytes:
+    """Sort key that mixes the classes: readers that stream shards shuffle among neighbours only."""
+    return hashlib.sha256(item.source.encode()).digest()
+
+
+def _near(landmarks: npt.NDArray[np.float64], image: npt.NDArray[np.uint8]) -> bool:
+    """Whether any landmark lies inside the picture."""
+    height, width = image.shape[:2]
+    x, y = landmarks[:, 0], landmarks[:, 1]
+    return bool(((x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)).any())
