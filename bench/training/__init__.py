@@ -1,0 +1,1 @@
+"""Training: the module with its losses, the optimiser, checkpoints, the engine."""
