@@ -1,0 +1,1 @@
+"""Evaluation: each sample exactly once, maps, metrics, statistics."""

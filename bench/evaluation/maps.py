@@ -1,0 +1,45 @@
+"""From raw maps and layers to cosines with the AU map: the published pipeline (METHODS.md 1.7), batched."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def min_max(maps: Tensor) -> Tensor:
+    """(m - min) / (max - min) of each map (..., h, w); a constant map becomes zeros. Free of scale: no epsilon.
+
+    Values that are not finite (a map of a network with NaN weights) become zeros, as the published evaluation has them.
+    """
+    low = maps.amin(dim=(-2, -1), keepdim=True)
+    span = maps.amax(dim=(-2, -1), keepdim=True) - low
+    scaled = (maps - low) / span.masked_fill(span == 0, 1)
+    return torch.nan_to_num(scaled, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def upsample(maps: Tensor, *, size: int) -> Tensor:
+    """(B, h, w) maps in [0, 1] -> (B, size, size): bilinear, half-pixel centres, not rescaled afterwards."""
+    return F.interpolate(maps[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0].clamp(0, 1)
+
+
+def map_cosines(maps: Tensor, au_maps: Tensor) -> Tensor:
+    """Cosine of each raw map (B, h, w) with its AU map (B, S, S): min-max at low resolution, upsampled, compared. (B,)."""
+    return _cosine(upsample(min_max(maps.float()), size=au_maps.shape[-1]), au_maps)
+
+
+def attention_cosines(attention: Tensor, au_maps: Tensor) -> Tensor:
+    """Cosine of each layer attention (B, h, w) with its AU map (B, S, S). (B,).
+
+    Upsampled bilinearly with aligned corners and antialiasing, clipped to its own low-resolution range, and shifted up by
+    the minimum of that range where it is negative: the shift is the evaluation's alone, the training loss has none.
+    """
+    attention = attention.float()
+    size = au_maps.shape[-2:]
+    low, high = attention.amin(dim=(1, 2), keepdim=True), attention.amax(dim=(1, 2), keepdim=True)
+    grown = F.interpolate(attention[:, None], size=size, mode="bilinear", align_corners=True, antialias=True)[:, 0].clamp(min=low, max=high)
+    return _cosine(grown - low.clamp(max=0), au_maps)
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return F.cosine_similarity(a.flatten(1), b.flatten(1).to(a.dtype), dim=1, eps=1e-8)

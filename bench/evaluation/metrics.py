@@ -1,0 +1,84 @@
+"""Metrics of a cell, all computed from its rows: CL, CAM-COS, ATT-COS, each with the number of samples behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.evaluation.rows import Floats, Ints, Rows
+
+
+def compute_metrics(rows: Rows, *, classes: Sequence[str], expressive: Sequence[bool]) -> dict[str, Any]:
+    """All metrics, JSON-able.
+
+    Args:
+        rows: the samples.
+        classes: class names.
+        expressive: per class, whether it is an expression with an AU map (all but neutral and unknown names).
+
+    Returns:
+        ``cl``: ``accuracy``, ``class_mean``, ``samples``, ``per_class``, ``confusion`` (row = true class);
+        ``cam_cos``: ``true`` and ``predicted``, see `_cosine_summary`; ``att_cos``: layer -> the same.
+    """
+    return {
+        "cl": _accuracy(rows.labels, rows.predicted, classes),
+        "cam_cos": {
+            "true": _cosine_summary(rows.map_cosines_true, rows, classes, expressive),
+            "predicted": _cosine_summary(rows.map_cosines_predicted, rows, classes, expressive),
+        },
+        "att_cos": {
+            str(layer): _cosine_summary(values, rows, classes, expressive) for layer, values in sorted(rows.attention_cosines.items())
+        },
+    }
+
+
+def _accuracy(labels: Ints, predicted: Ints, classes: Sequence[str]) -> dict[str, Any]:
+    count = len(classes)
+    confusion = np.bincount(labels * count + predicted, minlength=count * count).reshape(count, count)
+    totals, hits = confusion.sum(axis=1), confusion.diagonal()
+    per_class = {
+        name: {"samples": int(n), "accuracy": float(h / n) if n else None} for name, n, h in zip(classes, totals, hits, strict=True)
+    }
+    present = totals > 0
+    return {
+        "accuracy": float(hits.sum() / totals.sum()),
+        "class_mean": float((hits[present] / totals[present]).mean()),
+        "samples": int(totals.sum()),
+        "per_class": per_class,
+        "missing_classes": [name for name, n in zip(classes, totals, strict=True) if n == 0],
+        "confusion": confusion.tolist(),
+    }
+
+
+def _cosine_summary(values: Floats, rows: Rows, classes: Sequence[str], expressive: Sequence[bool]) -> dict[str, Any]:
+    """Mean per class over samples with an AU map, then the plain mean over the expressions that have any.
+
+    An expression without a single such sample is left out of ``macro`` and listed in ``missing_classes`` (the published
+    code averages a -1 in). ``without_map`` counts samples of expressions whose face gave no AU map.
+    """
+    per_class: dict[str, Any] = {}
+    means: list[float] = []
+    missing: list[str] = []
+    without = 0
+    for label, name in enumerate(classes):
+        if not expressive[label]:
+            continue
+        mine: npt.NDArray[np.bool_] = rows.labels == label
+        counted = values[mine & rows.au_valid].astype(np.float64)
+        without += int((mine & ~rows.au_valid).sum())
+        mean = float(counted.mean()) if len(counted) else None
+        per_class[name] = {"samples": len(counted), "mean": mean}
+        if mean is None:
+            missing.append(name)
+        else:
+            means.append(mean)
+    return {
+        "macro": float(np.mean(means)) if means else None,
+        "samples": sum(entry["samples"] for entry in per_class.values()),
+        "without_map": without,
+        "missing_classes": missing,
+        "per_class": per_class,
+    }

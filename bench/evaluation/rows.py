@@ -1,0 +1,79 @@
+"""Per-sample rows of an evaluation: what every metric is computed from, stored as Parquet beside each record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bench.data.atomic import atomic_file
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """One cell's samples, N of them, in the order of the split. Cosines are NaN where ``au_valid`` is False."""
+
+    keys: Sequence[str]
+    labels: Ints
+    logits: Floats
+    """(N, K)."""
+    au_valid: npt.NDArray[np.bool_]
+    attention_cosines: Mapping[int, Floats]
+    """Layer -> (N,)."""
+    map_cosines_true: Floats
+    """Cosine of the map of the true class."""
+    map_cosines_predicted: Floats
+    """Cosine of the map of the predicted class with the AU map of the true one."""
+
+    @property
+    def predicted(self) -> Ints:
+        """(N,) class of the largest logit."""
+        return np.asarray(self.logits.argmax(axis=1), dtype=np.int64)
+
+
+def write_rows(path: Path, rows: Rows) -> None:
+    """Write one Parquet file, atomically."""
+    columns: dict[str, Any] = {
+        "key": list(rows.keys),
+        "label": rows.labels,
+        "predicted": rows.predicted,
+        "logits": pa.FixedSizeListArray.from_arrays(pa.array(rows.logits.reshape(-1)), rows.logits.shape[1]),
+        "au_valid": rows.au_valid,
+        "map_cosine_true": rows.map_cosines_true,
+        "map_cosine_predicted": rows.map_cosines_predicted,
+        **{f"attention_cosine_{layer}": values for layer, values in sorted(rows.attention_cosines.items())},
+    }
+    with atomic_file(path) as file:
+        pq.write_table(pa.table(columns), file, compression="zstd")
+
+
+def read_rows(path: Path) -> Rows:
+    """Read what `write_rows` wrote.
+
+    Raises:
+        ValueError: the file is damaged or has other columns.
+    """
+    try:
+        table = pq.read_table(path)
+        prefix = "attention_cosine_"
+        logits = table["logits"].combine_chunks()
+        return Rows(
+            keys=table["key"].to_pylist(),
+            labels=table["label"].to_numpy(),
+            logits=logits.flatten().to_numpy().reshape(len(logits), -1),
+            au_valid=table["au_valid"].to_numpy(),
+            attention_cosines={int(c.removeprefix(prefix)): table[c].to_numpy() for c in table.column_names if c.startswith(prefix)},
+            map_cosines_true=table["map_cosine_true"].to_numpy(),
+            map_cosines_predicted=table["map_cosine_predicted"].to_numpy(),
+        )
+    except (pa.ArrowException, KeyError) as error:
+        raise ValueError(f"{path} is not a file of rows: {error}") from error
