@@ -1,0 +1,48 @@
+"""The live display of a run, on the main process of a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class RichObserver:
+    """Bars with a rate and the time left; a line an epoch above them."""
+
+    def __init__(self) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._progress.start()
+        self._tasks: dict[str, TaskID] = {}
+
+    def begin(self, label: str, *, steps: int, done: int) -> None:
+        """See `bench.training.observer.Observer`."""
+        self.end(label)
+        self._tasks[label] = self._progress.add_task(label, total=steps, completed=done, note="")
+
+    def advance(self, label: str, *, steps: int, note: str) -> None:
+        """See `bench.training.observer.Observer`."""
+        self._progress.update(self._tasks[label], advance=steps, note=note)
+
+    def end(self, label: str) -> None:
+        """See `bench.training.observer.Observer`."""
+        if label in self._tasks:
+            self._progress.remove_task(self._tasks.pop(label))
+
+    def epoch(self, label: str, record: Mapping[str, Any]) -> None:
+        """See `bench.training.observer.Observer`."""
+        shown = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in record.items())
+        self._progress.console.print(f"[dim]{label}[/]  {shown}", highlight=False)
+
+    def stop(self) -> None:
+        """Take the display away."""
+        self._progress.stop()

@@ -1,0 +1,176 @@
+"""Records -> rows of a leaderboard. One set of rows serves every output format."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from bench.matrix import digest
+from bench.method import METHODS
+from bench.sweep.record import Record
+
+Metric = Literal["cl", "cam_cos", "att_cos"]
+METRICS: tuple[Metric, ...] = ("cl", "cam_cos", "att_cos")
+TITLES: Mapping[Metric, str] = {"cl": "CL", "cam_cos": "CAM-COS", "att_cos": "ATT-COS"}
+GUIDANCE = ("none", "au")
+GUIDANCE_TITLES: Mapping[str, str] = {"none": "w/o AU", "au": "w/ AU"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Stat:
+    """One figure over seeds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def n(self) -> int:
+        """Number of seeds."""
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def sd(self) -> float | None:
+        """Standard deviation over seeds with ddof = 1; None for a single one."""
+        return statistics.stdev(self.values) if self.n > 1 else None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One method: its figures without and with guidance."""
+
+    method: str
+    title: str
+    stats: Mapping[tuple[Metric, str], Stat]
+    """(metric, guidance) -> figure; absent where there is no record."""
+
+    @property
+    def seeds(self) -> str:
+        """Number of seeds, ``3``, or ``3/2`` where guidance none and au differ."""
+        counts = [max((stat.n for (_, g), stat in self.stats.items() if g == guidance), default=0) for guidance in GUIDANCE]
+        shown = sorted({count for count in counts if count}, reverse=True)
+        return str(shown[0]) if len(shown) == 1 else f"{counts[0]}/{counts[1]}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Rows that may be compared: one dataset, backbone, protocol, variant and recipe."""
+
+    dataset: str
+    fingerprint: str
+    backbone: str
+    protocol: str
+    variant: str
+    recipe: str
+    """Hash of the settings that all rows share."""
+    test_samples: int
+    notes: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def title(self) -> str:
+        """Heading of the table."""
+        return f"{self.dataset}, {self.backbone}, protocol {self.protocol}, variant {self.variant}"
+
+
+def build_tables(records: Iterable[Record]) -> tuple[Table, ...]:
+    """Group records into tables of comparable rows and average over seeds.
+
+    Raises:
+        ValueError: two records claim the same cell and seed.
+    """
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(_comparable(record), []).append(record)
+    return tuple(_table(key, group) for key, group in sorted(groups.items()))
+
+
+def _comparable(record: Record) -> tuple[str, ...]:
+    shared = {k: v for k, v in record.settings.items() if k != "guidance"}
+    recipe = digest([shared, record.backbone_options, record.evaluation])[:8]
+    cell = record.cell
+    return (cell.dataset, record.data.fingerprint, cell.backbone, record.protocol, record.variant, recipe)
+
+
+def _table(key: tuple[str, ...], records: list[Record]) -> Table:
+    dataset, fingerprint, backbone, protocol, variant, recipe = key
+    groups: dict[tuple[str, str], list[Record]] = {}
+    guidances = {digest(r.settings["guidance"]) for r in records if "guidance" in r.settings}
+    for record in records:
+        groups.setdefault((record.cell.method, digest([record.method_options, record.training_options])), []).append(record)
+    order = {name: position for position, name in enumerate(METHODS.names())}
+    rows = [
+        row
+        for (method, _), group in sorted(groups.items(), key=lambda item: (order.get(item[0][0], len(order)), item[0]))
+        for row in _rows(method, group, several=len(guidances) > 1)
+    ]
+    return Table(
+        dataset=dataset,
+        fingerprint=fingerprint,
+        backbone=backbone,
+        protocol=protocol,
+        variant=variant,
+        recipe=recipe,
+        test_samples=records[0].data.samples,
+        notes=_notes(records),
+        rows=tuple(rows),
+    )
+
+
+def _rows(method: str, records: list[Record], *, several: bool) -> list[Row]:
+    """One row a guidance setting (weight, layers); runs without guidance stand beside each of them."""
+    plain = [r for r in records if r.cell.guidance == "none"]
+    guided: dict[str, list[Record]] = {}
+    for record in records:
+        if record.cell.guidance == "au":
+            guided.setdefault(digest(record.settings["guidance"]), []).append(record)
+    title = METHODS.get(method).info.title if method in METHODS else method
+    rows = []
+    for group in guided.values() or [[]]:
+        setting = group[0].settings["guidance"] if group else {}
+        suffix = f" (weight {setting['weight']:g}, layers {'+'.join(map(str, setting['layers']))})" if several and setting else ""
+        stats: dict[tuple[Metric, str], Stat] = {}
+        for guidance, runs in (("none", plain), ("au", group)):
+            for metric in METRICS:
+                values = _values(runs, metric)
+                if values:
+                    stats[metric, guidance] = Stat(values=values)
+        rows.append(Row(method=method, title=title + suffix, stats=stats))
+    return rows
+
+
+def _values(records: list[Record], metric: Metric) -> tuple[float, ...]:
+    seeds = [record.cell.seed for record in records]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"two records of {records[0].cell.dataset}/{records[0].cell.method}/{records[0].cell.guidance} have the same seed")
+    values = (figure(record.metrics, metric, layer=record.attention_layer) for record in sorted(records, key=lambda r: r.cell.seed))
+    return tuple(value for value in values if value is not None and math.isfinite(value))
+
+
+def figure(metrics: Mapping[str, Any], metric: Metric, *, layer: int) -> float | None:
+    """The headline figure of a record: accuracy, CAM-COS of the true class, ATT-COS of the layer; macro over expressions."""
+    if metric == "cl":
+        return float(metrics["cl"]["accuracy"])
+    summary = metrics["cam_cos"]["true"] if metric == "cam_cos" else metrics["att_cos"][str(layer)]
+    return None if summary["macro"] is None else float(summary["macro"])
+
+
+def _notes(records: list[Record]) -> tuple[str, ...]:
+    notes = []
+    if records[0].protocol == "test-selected":
+        notes.append("checkpoints were selected on the test split: figures are optimistic")
+    for summary in (records[0].metrics["cam_cos"]["true"],):
+        if summary["missing_classes"]:
+            notes.append(f"no AU map for any test sample of {', '.join(summary['missing_classes'])}: left out of the macro means")
+        if summary["without_map"]:
+            notes.append(f"{summary['without_map']} test samples of an expression have no AU map: counted in CL only")
+    bad = max(record.data.bad_pictures for record in records)
+    if bad:
+        notes.append(f"{bad} pictures were left out when the dataset was prepared (bench data stats lists them)")
+    return tuple(notes)

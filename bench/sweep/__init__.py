@@ -1,0 +1,1 @@
+"""The sweep: from a configuration to a folder of finished cells."""

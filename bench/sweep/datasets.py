@@ -1,0 +1,125 @@
+"""Which prepared dataset a name in the configuration means, and preparing the ones that need nothing from the user."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.config import ConfigError, Settings
+from bench.data.index import INDEX_NAME, Index, load_index
+from bench.data.pack import prepare, prepared_folder
+from bench.dataset import DATASETS
+from bench.matrix import DatasetRef, parse_options
+from bench.registry import did_you_mean
+from bench.training.observer import Observer
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A dataset the run needs: prepared, or with all that is needed to prepare it."""
+
+    name: str
+    entry: str
+    options: Mapping[str, Any]
+    raw: Path | None
+    folder: Path
+    index: Index | None
+    """None = still to be prepared."""
+
+    def reference(self) -> DatasetRef:
+        """For the matrix. A dataset still to be prepared has a provisional fingerprint."""
+        if self.index is not None:
+            return DatasetRef(
+                name=self.name, fingerprint=self.index.fingerprint, samples={k: s.samples for k, s in self.index.splits.items()}
+            )
+        target = DATASETS.get(self.entry).target
+        splits = target(target.Options.model_validate(self.options), raw=self.raw).splits()
+        return DatasetRef(name=self.name, fingerprint="unprepared", samples={split: len(items) for split, items in splits.items()})
+
+
+def resolve_dataset(settings: Settings, name: str) -> Source:
+    """Find a dataset by the name used in ``run.datasets``: a prepared folder's path, a ``[datasets.NAME]`` table, or an entry.
+
+    Raises:
+        ConfigError: unknown name, options other than those it was prepared with, or not prepared and not preparable
+            without the user; the message gives the command to type.
+    """
+    config, root = settings.config, settings.config.run.data
+    if (Path(name) / INDEX_NAME).is_file():
+        return _prepared(Path(name), load_index(Path(name)).name)
+    section = dict(config.datasets.get(name, {}))
+    entry = section.pop("entry", name)
+    raw = section.pop("raw", None)
+    where = f"[datasets.{name}]"
+    if name not in config.datasets and name not in DATASETS:
+        if (root / name / INDEX_NAME).is_file():
+            return _prepared(root / name, name)
+        there = [p.parent.name for p in root.glob(f"*/{INDEX_NAME}")] if root.is_dir() else []
+        raise ConfigError(
+            f"{settings.origin('run.datasets')}: unknown dataset {name!r}: no table [datasets.{name}], no registered dataset, "
+            f"no prepared folder {root / name}.{did_you_mean(name, {*DATASETS.names(), *config.datasets, *there})}"
+        )
+    if entry not in DATASETS:
+        raise ConfigError(f"{where} entry = {entry!r}: unknown dataset.{did_you_mean(str(entry), DATASETS.names())}")
+    options = parse_options(DATASETS, entry, section, where=where).model_dump(mode="json")
+    info = DATASETS.get(entry).info
+    folder = prepared_folder(root, name=name, entry_name=entry, options=options)
+    if (folder / INDEX_NAME).is_file():
+        index = load_index(folder)
+        different = [
+            f"{key}: prepared with {index.options.get(key)!r}, configured {options[key]!r}"
+            for key in section
+            if index.options.get(key) != options[key]
+        ]
+        if different:
+            raise ConfigError(
+                f"{where}: {folder} was prepared with other options ({'; '.join(different)}). "
+                f"Prepare it again with --overwrite, or use another name"
+            )
+        return Source(name=name, entry=entry, options=index.options, raw=None, folder=folder, index=index)
+    if not info.embedded and raw is None:
+        raise ConfigError(
+            f"dataset {name!r} is not prepared: {folder} has no {INDEX_NAME}. Type: bench data prepare {name} --raw DIR --out {folder}"
+            + (f" --entry {entry}" if entry != name else "")
+        )
+    return Source(name=name, entry=entry, options=options, raw=Path(raw) if raw else None, folder=folder, index=None)
+
+
+def _prepared(folder: Path, name: str) -> Source:
+    index = load_index(folder)
+    return Source(name=name, entry=index.entry, options=index.options, raw=None, folder=folder, index=index)
+
+
+def check_splits(source: Source, *, needed: tuple[str, ...]) -> None:
+    """Refuse a dataset without the splits a run needs.
+
+    Raises:
+        ConfigError: naming the split and what there is.
+    """
+    samples = source.reference().samples
+    for split in needed:
+        if not samples.get(split):
+            raise ConfigError(
+                f"dataset {source.name!r} has no samples in split {split!r} (it has {', '.join(f'{k}: {v}' for k, v in samples.items())})"
+            )
+
+
+def prepare_missing(sources: Iterable[Source], *, observer: Observer, plugins: Sequence[str]) -> None:
+    """Prepare the datasets that still have to be. Called on one process."""
+    for source in sources:
+        if source.index is None:
+            label = f"prepare {source.name}"
+            observer.begin(label, steps=sum(source.reference().samples.values()), done=0)
+            prepare(
+                source.entry,
+                name=source.name,
+                options=source.options,
+                raw=source.raw,
+                out=source.folder,
+                workers=min(4, len(os.sched_getaffinity(0))),
+                plugins=plugins,
+            )
+            observer.end(label)

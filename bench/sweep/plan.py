@@ -1,0 +1,105 @@
+"""From settings to a checked plan. Everything that can be wrong is found here, before a process or a file is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from bench.config import ConfigError, Settings
+from bench.dataset import DATASETS
+from bench.matrix import Cell, Matrix, Planned, Training, build_matrix, check_sections, check_world
+from bench.sweep.datasets import Source, check_splits, resolve_dataset
+from bench.sweep.store import Store
+from bench.training.build import build_classifier, build_reader
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run will do."""
+
+    settings: Settings
+    sources: Mapping[str, Source]
+    matrix: Matrix
+    done: frozenset[str]
+    """Keys of the cells that are finished."""
+
+    @property
+    def to_do(self) -> tuple[Planned, ...]:
+        """Trainings with the cells still missing, in order."""
+        open_cells = [Planned(t, tuple(c for c in cells if c.key not in self.done)) for t, cells in self.matrix.trainings]
+        return tuple(planned for planned in open_cells if planned.cells)
+
+
+def make_plan(settings: Settings, *, world_size: int = 1) -> Plan:
+    """Resolve and check everything.
+
+    Raises:
+        ConfigError: with origin, key, value, and what would do.
+        FileNotFoundError: pretrained weights that are not there.
+    """
+    config = settings.config
+    check_world(config, world_size)
+    _check_dataset_tables(settings)
+    sources = {name: resolve_dataset(settings, name) for name in config.run.datasets}
+    for source in sources.values():
+        check_splits(source, needed=("train", "test") if config.run.protocol == "test-selected" else ("train", "val", "test"))
+    if config.loader.kind == "stream" and config.train.balance != "none":
+        raise ConfigError(
+            f"train.balance = {config.train.balance!r} (from {settings.origin('train.balance')}) needs loader.kind = 'indexed', "
+            f"not 'stream' (from {settings.origin('loader.kind')})"
+        )
+    matrix = build_matrix(settings, {name: source.reference() for name, source in sources.items()})
+    check_buildable(matrix)
+    store = Store(config.run.results)
+    return Plan(settings=settings, sources=sources, matrix=matrix, done=frozenset(c.key for c in matrix.cells if store.is_done(c)))
+
+
+def check_buildable(matrix: Matrix) -> None:
+    """Build every different network of the plan once, without memory where it has no pretrained weights to load.
+
+    Raises:
+        ConfigError: an option, image size or guided layer that the network does not have.
+        FileNotFoundError: pretrained weights that are not there.
+    """
+    seen: set[str] = set()
+    for training, cells in matrix.trainings:
+        for cell in cells:
+            build_reader(cell)
+        identity = repr(
+            (training.trains_as, training.method_options, training.backbone, training.backbone_options, training.settings["images"])
+        )
+        layers = _layers(training) if identity not in seen or "guidance" in training.settings else None
+        seen.add(identity)
+        wanted = training.settings.get("guidance", {}).get("layers", ())
+        absent = [layer for layer in wanted if layers is not None and layer not in layers]
+        if layers is not None and absent:
+            raise ConfigError(
+                f"guidance.layers = {wanted}: {training.backbone} has no layer {absent[0]}; it has {', '.join(map(str, sorted(layers)))}"
+            )
+
+
+def _layers(training: Training) -> set[int]:
+    pretrained = training.backbone_options.get("weights", "random") != "random"
+    try:
+        if pretrained:
+            return set(build_classifier(training, num_classes=7).backbone.channels)
+        with torch.device("meta"):
+            return set(build_classifier(training, num_classes=7).backbone.channels)
+    except ValueError as error:
+        raise ConfigError(f"{training.trains_as} on {training.backbone}: {error}") from error
+
+
+def _check_dataset_tables(settings: Settings) -> None:
+    for name, table in settings.config.datasets.items():
+        if "entry" not in table:
+            known = settings.config.datasets.keys() - {name}
+            if name not in DATASETS and name not in settings.config.run.datasets:
+                check_sections(settings, "datasets", [*DATASETS.names(), *known])
+
+
+def finished(plan: Plan, store: Store) -> tuple[list[Cell], list[Cell]]:
+    """Split the plan's cells into done and missing, as the results folder is now."""
+    done = [cell for cell in plan.matrix.cells if store.is_done(cell)]
+    return done, [cell for cell in plan.matrix.cells if cell not in done]

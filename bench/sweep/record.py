@@ -1,0 +1,137 @@
+"""``record.json``: one cell's result with everything needed to believe it and to repeat it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+import bench
+
+SCHEMA = 1
+LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy", "webdataset", "safetensors")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class CellName(_Part):
+    """The coordinates of a cell."""
+
+    method: str
+    guidance: Literal["none", "au"]
+    backbone: str
+    dataset: str
+    seed: int
+
+
+class DataFacts(_Part):
+    """What was evaluated on."""
+
+    entry: str
+    fingerprint: str
+    """Of the whole prepared dataset, `bench.data.index.Index.fingerprint`."""
+    classes: tuple[str, ...]
+    split: str
+    samples: int
+    keys_sha256: str
+    """Of the keys that were evaluated: each sample of the split, once."""
+    bad_pictures: int
+    """Pictures left out when the dataset was prepared."""
+    provenance: dict[str, Any]
+
+
+class CodeFacts(_Part):
+    """Which code ran."""
+
+    version: str
+    commit: str | None
+    """None outside a git checkout."""
+    dirty_diff_sha256: str | None
+    """Hash of what the working tree had changed since the commit; None if nothing."""
+    libraries: dict[str, str]
+
+
+class Record(_Part):
+    """The whole of ``record.json``."""
+
+    schema_version: int = SCHEMA
+    key: str
+    training_key: str
+    cell: CellName
+    variant: Literal["paper", "official"]
+    protocol: Literal["val", "test-selected"]
+    """How the checkpoint was selected."""
+    method_options: dict[str, Any]
+    training_options: dict[str, Any]
+    """Options of the method that trained."""
+    backbone_options: dict[str, Any]
+    settings: dict[str, Any]
+    """What decided the weights: train, augment, images, protocol, guidance."""
+    evaluation: dict[str, Any]
+    config: dict[str, Any]
+    """The whole configuration of the run."""
+    origins: dict[str, str]
+    data: DataFacts
+    attention_layer: int
+    """The layer whose cosine is the cell's ATT-COS: the (first) guided one, or the one guidance would take."""
+    metrics: dict[str, Any]
+    """See `bench.evaluation.metrics.compute_metrics`."""
+    selection: dict[str, Any]
+    """Epoch and accuracy of the selected checkpoint on the selection split."""
+    epochs: list[dict[str, Any]]
+    """The training's course."""
+    weights_sha256: str
+    rows_sha256: str
+    """Of ``samples.parquet``."""
+    code: CodeFacts
+    hardware: dict[str, Any]
+    cost: dict[str, Any]
+    """Parameters, seconds, images per second, peak memory, processes."""
+    seeds: dict[str, int]
+    finished: str
+    """UTC, ISO 8601."""
+
+
+@cache
+def code_facts() -> CodeFacts:
+    """Version, commit and uncommitted changes of the running code, versions of what it stands on."""
+    root = Path(bench.__file__).resolve().parent.parent
+    commit = diff = None
+    if (root / ".git").exists():
+        commit = _git(root, "rev-parse", "HEAD")
+        changed = (_git(root, "diff", "HEAD", "--no-ext-diff") or "") + (
+            _git(root, "status", "--porcelain", "--untracked-files=normal") or ""
+        )
+        diff = hashlib.sha256(changed.encode()).hexdigest() if changed else None
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return CodeFacts(version=bench.__version__, commit=commit, dirty_diff_sha256=diff, libraries=versions)
+
+
+def hardware_facts(device: torch.device, *, world_size: int) -> dict[str, Any]:
+    """What it ran on, in words."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": device.type,
+        "name": name,
+        "processes": world_size,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=30)  # noqa: S603, S607
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
