@@ -1,0 +1,39 @@
+# Everything runs from a virtual environment in the checkout; `make demo` and `make test` set it up themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test test-marked lint types check clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "bench needs Python 3.11 or newer; say make PYTHON=python3.12"'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $(READY)
+
+# The main job: every cell of the quick profile on built-in synthetic faces, then the leaderboard.
+demo: $(READY)
+	$(BIN)/bench run --methods cam --profile quick --results runs/demo --data data
+
+test: $(READY)
+	$(BIN)/pytest
+
+# The tests that start several processes, and the long ones.
+test-marked: $(READY)
+	$(BIN)/pytest -m 'slow or dist'
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Types are checked on the built wheel: there `bench.methods` is where every tool looks for it.
+types: $(READY)
+	rm -rf build
+	$(BIN)/python -m build --wheel --outdir build/wheel . > /dev/null
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types build/wheel/*.whl
+	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p bench
+
+check: lint types test test-marked
+
+clean:
+	rm -rf .venv build runs
