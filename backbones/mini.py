@@ -49,9 +49,11 @@ class MiniResNet(TimmResNet):
             stem_width=w // 2,
             num_classes=0,
             global_pool="",
+            # timm starts every residual branch at zero; one block a stage then learns nothing for the first epochs.
+            zero_init_last=False,
             norm_layer=nn.BatchNorm2d if options.norm == "batch" else partial(GroupNormAct, group_size=4, apply_act=False),
         )
         load_weights(net, options.weights, timm_name=None)
         if options.large_maps:
             remove_last_strides(net)
-        return cls(net)
+        return cls(net, pretrained=options.weights != "random")

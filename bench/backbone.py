@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
@@ -51,6 +52,9 @@ class Backbone(nn.Module, ABC):
     image_sizes: ClassVar[tuple[int, ...] | None] = None
     """The only input sizes the network takes, None for any."""
 
+    pretrained: bool = False
+    """Whether `build` filled the network with weights from elsewhere; set by it."""
+
     channels: dict[int, int]
     """Layer -> number of channels; the highest layer feeds the classifier."""
 
@@ -68,6 +72,29 @@ class Backbone(nn.Module, ABC):
     def last(self) -> int:
         """The layer that feeds the classifier."""
         return max(self.channels)
+
+    def blocks(self, layer: int) -> Sequence[nn.Module]:
+        """The blocks a layer is computed by, one after the other, the output of the last being the layer.
+
+        For methods that act inside a network (ADL): they put forward hooks on blocks, which leaves all names and
+        weights as they are. So each block must be *called* in `forward`.
+
+        Raises:
+            ValueError: this network is not made of blocks.
+        """
+        raise ValueError(
+            f"layer {layer} of {type(self).__name__} is not made of blocks that a method can act between; "
+            f"take a residual network: --backbones resnet50"
+        )
+
+    def attention_points(self) -> tuple[tuple[int, int], ...]:
+        """Where layers that act on attention (ADL) go: after these blocks, each as (layer, index in `blocks`), in order.
+
+        Here: after the first block of the last two layers and after the last of all, each once. These are the places in
+        a ResNet (J. Choe, H. Shim, CVPR 2019); a network for which others are published overrides this.
+        """
+        points = ((self.last - 1, 0), (self.last, 0), (self.last, len(self.blocks(self.last)) - 1))
+        return tuple(dict.fromkeys(points))
 
     @abstractmethod
     def forward(self, images: Tensor) -> Features:

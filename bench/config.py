@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -250,7 +251,7 @@ def load_settings(
         key, equals, value = assignment.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {assignment!r}: write it as key=value, for example --set train.lr=0.01")
-        merged[key.strip()] = (_parse_value(value.strip()), f"--set {assignment}")
+        merged[join_key(*split_key(key.strip()))] = (_parse_value(value.strip()), f"--set {assignment}")
     for key, value in (flags or {}).items():
         merged[key] = (value, f"--{key.removeprefix('run.').replace('_', '-')}")
     return _validate(merged)
@@ -260,7 +261,7 @@ def _validate(merged: Mapping[str, tuple[Any, str]]) -> Settings:
     tree: dict[str, Any] = {}
     for key, (value, origin) in merged.items():
         node = tree
-        *parents, leaf = key.split(".")
+        *parents, leaf = split_key(key)
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
@@ -274,13 +275,29 @@ def _validate(merged: Mapping[str, tuple[Any, str]]) -> Settings:
     return Settings(config=config, origins=origins)
 
 
-def walk(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of every leaf of nested tables."""
+def join_key(*parts: str) -> str:
+    """Dotted key of nested tables; a part with dots is quoted, as in TOML: ``backbones."timm:resnet50.a1_in1k".weights``."""
+    return ".".join(f'"{part}"' if "." in part else part for part in parts)
+
+
+def split_key(key: str) -> list[str]:
+    """Inverse of `join_key`.
+
+    Raises:
+        ConfigError: an empty part, or a quote that is not closed.
+    """
+    if not re.fullmatch(r'(?:"[^"]+"|[^".]+)(?:\.(?:"[^"]+"|[^".]+))*', key):
+        raise ConfigError(f"key {key!r}: write parts with dots between them, and a part that has dots itself in double quotes")
+    return [quoted or bare for quoted, bare in re.findall(r'"([^"]+)"|([^".]+)', key)]
+
+
+def walk(tree: Mapping[str, Any], parents: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of every leaf of nested tables; see `join_key`."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from walk(value, f"{prefix}{key}.")
+            yield from walk(value, (*parents, key))
         else:
-            yield f"{prefix}{key}", value
+            yield join_key(*parents, key), value
 
 
 def _flatten(tree: Mapping[str, Any], *, origin: str) -> dict[str, tuple[Any, str]]:
@@ -292,12 +309,13 @@ def _explain(error: ValidationError, merged: Mapping[str, tuple[Any, str]]) -> s
     for problem in error.errors():
         location = [str(part) for part in problem["loc"]]
         # A problem inside a list has the position as its last parts; the origin belongs to the list.
-        key = next((".".join(location[:n]) for n in range(len(location), 0, -1) if ".".join(location[:n]) in merged), ".".join(location))
+        leading = [join_key(*location[:n]) for n in range(len(location), 0, -1)]
+        key = next((k for k in leading if k in merged), join_key(*location))
         value, origin = merged.get(key, (problem["input"], ""))
         if problem["type"] == "extra_forbidden":
-            section, name = ".".join(location[:-1]), location[-1]
-            where = origin or next((o for k, (_, o) in merged.items() if k.startswith(".".join(location) + ".")), "")
-            lines.append(f"{where}: unknown key {'.'.join(location)!r}.{did_you_mean(name, _fields(section))}")
+            section, name = join_key(*location[:-1]), location[-1]
+            where = origin or next((o for k, (_, o) in merged.items() if k.startswith(join_key(*location) + ".")), "")
+            lines.append(f"{where}: unknown key {join_key(*location)!r}.{did_you_mean(name, _fields(section))}")
         elif problem["type"] == "value_error":
             involved = [
                 f"{k} from {o}" for k, (_, o) in merged.items() if k.startswith(key + ".") and k.rsplit(".", 1)[-1] in problem["msg"]

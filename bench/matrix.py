@@ -11,9 +11,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from pydantic import ValidationError
 
 from bench.backbone import BACKBONES, Backbone, BackboneInfo
-from bench.config import Config, ConfigError, Settings
+from bench.config import Config, ConfigError, Settings, join_key
+from bench.dataset import DATASETS
 from bench.method import METHODS, Method, MethodInfo, Variant
-from bench.registry import Entry, EntryOptions, Registry, did_you_mean
+from bench.registry import Default, Entry, EntryOptions, Registry, did_you_mean
 
 Guidance = Literal["none", "au"]
 
@@ -23,6 +24,8 @@ class DatasetRef:
     """A prepared dataset as the matrix sees it."""
 
     name: str
+    entry: str
+    """Registered dataset behind it."""
     fingerprint: str
     """`bench.data.index.Index.fingerprint`."""
     samples: Mapping[str, int]
@@ -43,6 +46,8 @@ class Training:
     seed: int
     settings: Mapping[str, Any]
     """The sections of the configuration that decide the weights, resolved."""
+    brought: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Dotted key -> source, of the values above that entries brought along. No part of the identity: the values are."""
 
     @property
     def key(self) -> str:
@@ -66,10 +71,6 @@ class Training:
     def label(self) -> str:
         """Short name for logs and errors."""
         return f"{self.dataset.name}/{self.backbone}/{self.trains_as}/{self.guidance}/seed{self.seed}"
-
-    def without_pretrained(self) -> Training:
-        """The same network without a need for pretrained files, for loading trained weights into (its key differs)."""
-        return dataclasses.replace(self, backbone_options={**self.backbone_options, "weights": "random"})
 
     def derived_seed(self, role: str) -> int:
         """A 63-bit seed for one role (``init``, ``data``, ``step``).
@@ -157,31 +158,14 @@ def build_matrix(settings: Settings, datasets: Mapping[str, DatasetRef]) -> Matr
     methods = select(METHODS, config.run.methods, origin=settings.origin("run.methods"))
     backbones = select(BACKBONES, config.run.backbones, origin=settings.origin("run.backbones"))
     for section, registry in (("methods", METHODS), ("backbones", BACKBONES)):
-        check_sections(settings, section, registry.names())
+        check_sections(settings, section, registry.names(), registry)
     pairs = _pair(methods, backbones, origin=settings.origin("run.backbones"))
-    for name in config.run.datasets:
-        samples = datasets[name].samples.get("train", 0)
-        if samples < config.train.batch_size:
-            raise ConfigError(
-                f"{settings.origin('train.batch_size')}: train.batch_size = {config.train.batch_size} is above the {samples} training "
-                f"samples of {name}; try --set train.batch_size={max(1, samples // 4)}"
-            )
     cells = [
         Cell(
             method=method.name,
-            method_options=_options(settings, "methods", method),
+            method_options=_options(settings, "methods", method, datasets[dataset]),
             evaluation=config.evaluation.model_dump(mode="json", exclude={"batch_size"}),
-            training=Training(
-                trains_as=(trained := METHODS.get(method.info.trains_as or method.name)).name,
-                method_options=_options(settings, "methods", trained),
-                variant=config.run.variant,
-                guidance=guidance,
-                backbone=backbone.name,
-                backbone_options=_options(settings, "backbones", backbone),
-                dataset=datasets[dataset],
-                seed=seed,
-                settings=_weight_settings(config, guidance=guidance, backbone=backbone),
-            ),
+            training=_training(settings, method, backbone, datasets[dataset], guidance=guidance, seed=seed),
         )
         for dataset in config.run.datasets
         for method, backbone in pairs
@@ -213,16 +197,23 @@ def select(registry: Registry[T, I], names: Sequence[str], *, origin: str) -> li
     return list(chosen.values())
 
 
-def check_sections(settings: Settings, section: str, known: Sequence[str]) -> None:
-    """Refuse ``[section.NAME]`` tables of entries that do not exist.
+def check_sections(settings: Settings, section: str, known: Sequence[str], registry: Registry[Any, Any] | None = None) -> None:
+    """Refuse ``[section.NAME]`` tables of entries that do not exist. With a registry, members of its families do exist.
 
     Raises:
         ConfigError: naming the table, its origin and the nearest entry.
     """
     for name in getattr(settings.config, section):
-        if name not in known:
-            origin = next((o for key, o in settings.origins.items() if key.startswith(f"{section}.{name}.")), "")
-            raise ConfigError(f"{origin}: [{section}.{name}] is of no known entry.{did_you_mean(name, known)}")
+        if name in known:
+            continue
+        table = join_key(section, name)
+        origin = next((o for key, o in settings.origins.items() if key.startswith(f"{table}.")), "")
+        if registry is None or ":" not in name:
+            raise ConfigError(f"{origin}: [{table}] is of no known entry.{did_you_mean(name, known)}")
+        try:
+            registry.get(name)
+        except ValueError as error:
+            raise ConfigError(f"{origin}: [{table}]: {error}") from error
 
 
 def parse_options(registry: Registry[Any, Any], name: str, given: Mapping[str, Any], *, where: str) -> EntryOptions:
@@ -259,17 +250,24 @@ def check_world(config: Config, world_size: int) -> None:
         )
 
 
-def _options(settings: Settings, section: str, entry: Entry[Any, Any]) -> dict[str, Any]:
-    given = getattr(settings.config, section).get(entry.name, {})
-    origins = {settings.origin(f"{section}.{entry.name}.{key}") for key in given}
-    registry: Registry[Any, Any] = METHODS if section == "methods" else BACKBONES
-    return parse_options(registry, entry.name, given, where=f"[{section}.{entry.name}] ({', '.join(sorted(origins))})").model_dump(
-        mode="json"
-    )
-
-
-def _weight_settings(config: Config, *, guidance: Guidance, backbone: Entry[Backbone, BackboneInfo]) -> dict[str, Any]:
-    settings: dict[str, Any] = {
+def _training(
+    settings: Settings,
+    method: Entry[Method, MethodInfo],
+    backbone: Entry[Backbone, BackboneInfo],
+    dataset: DatasetRef,
+    *,
+    guidance: Guidance,
+    seed: int,
+) -> Training:
+    trained = METHODS.get(method.info.trains_as) if method.info.trains_as else method
+    config, brought = _with_defaults(settings, (DATASETS.get(dataset.entry), backbone, trained), dataset)
+    samples, batch_size = dataset.samples.get("train", 0), config.train.batch_size
+    if samples < batch_size:
+        raise ConfigError(
+            f"{settings.origin('train.batch_size')}: train.batch_size = {batch_size} is above the {samples} training samples of "
+            f"{dataset.name}; try --set train.batch_size={max(1, samples // 4)}"
+        )
+    resolved: dict[str, Any] = {
         "train": config.train.model_dump(mode="json", exclude={"checkpoint_minutes"}),
         "augment": config.augment.model_dump(mode="json"),
         "images": config.images.model_dump(mode="json"),
@@ -277,23 +275,67 @@ def _weight_settings(config: Config, *, guidance: Guidance, backbone: Entry[Back
     }
     if guidance == "au":
         aligned = config.guidance.model_dump(mode="json")
-        settings["guidance"] = aligned | {"layers": aligned["layers"] or list(backbone.info.guided_layers)}
-    return settings
+        resolved["guidance"] = aligned | {"layers": aligned["layers"] or list(backbone.info.guided_layers)}
+    return Training(
+        trains_as=trained.name,
+        method_options=_options(settings, "methods", trained, dataset),
+        variant=config.run.variant,
+        guidance=guidance,
+        backbone=backbone.name,
+        backbone_options=_options(settings, "backbones", backbone, dataset),
+        dataset=dataset,
+        seed=seed,
+        settings=resolved,
+        brought={key: source for key, source in brought.items() if guidance == "au" or not key.startswith("guidance.")},
+    )
+
+
+def _with_defaults(settings: Settings, entries: Sequence[Entry[Any, Any]], dataset: DatasetRef) -> tuple[Config, dict[str, str]]:
+    """The configuration with what entries bring along, later entries winning, wherever nobody has said anything."""
+    tree = settings.config.model_dump(mode="json")
+    brought: dict[str, str] = {}
+    for entry in entries:
+        for default in _applicable(entry, settings.config.run.variant, dataset):
+            section, _, key = default.key.partition(".")
+            if section != "option" and settings.origin(default.key) == "default":
+                assert key in tree[section], default.key
+                tree[section][key] = default.value
+                brought[default.key] = f"{entry.name}: {default.source}"
+    return (Config.model_validate(tree), brought) if brought else (settings.config, brought)
+
+
+def _applicable(entry: Entry[Any, Any], variant: Variant, dataset: DatasetRef) -> list[Default]:
+    """The entry's defaults for this dataset and variant; those for the dataset alone come last, to win."""
+    fitting = [d for d in entry.info.defaults if d.dataset in (None, dataset.entry) and d.variant in (None, variant)]
+    return sorted(fitting, key=lambda d: d.dataset is not None)
+
+
+def _options(settings: Settings, section: str, entry: Entry[Any, Any], dataset: DatasetRef) -> dict[str, Any]:
+    given = getattr(settings.config, section).get(entry.name, {})
+    origins = {settings.origin(join_key(section, entry.name, key)) for key in given}
+    registry: Registry[Any, Any] = METHODS if section == "methods" else BACKBONES
+    own = {
+        d.key.removeprefix("option."): d.value
+        for d in _applicable(entry, settings.config.run.variant, dataset)
+        if d.key.startswith("option.")
+    }
+    where = f"[{join_key(section, entry.name)}] ({', '.join(sorted(origins))})"
+    return parse_options(registry, entry.name, own | given, where=where).model_dump(mode="json")
 
 
 def _pair(
     methods: Sequence[Entry[Method, MethodInfo]], backbones: Sequence[Entry[Backbone, BackboneInfo]], *, origin: str
 ) -> list[tuple[Entry[Method, MethodInfo], Entry[Backbone, BackboneInfo]]]:
-    """Every method on every backbone it can take; each method and each backbone must occur."""
+    """Every method on every backbone it can take; each method must occur, and each backbone that was asked for by a flag."""
     pairs = [(m, b) for m in methods for b in backbones if b.info.kind in m.info.backbones]
     for method in methods:
         if not any(m is method for m, _ in pairs):
-            possible = [b.name for b in BACKBONES if b.info.kind in method.info.backbones]
+            possible = [b.name for b in (*BACKBONES, *BACKBONES.families()) if b.info.kind in method.info.backbones]
             raise ConfigError(
                 f"{origin}: method {method.name!r} can take none of the backbones {', '.join(b.name for b in backbones)}; "
                 f"it can take: {', '.join(possible)}"
             )
-    for backbone in backbones:
+    for backbone in backbones if origin.startswith("--") else ():  # a profile lists backbones for all methods
         if not any(b is backbone for _, b in pairs):
             possible = [m.name for m in METHODS if backbone.info.kind in m.info.backbones]
             raise ConfigError(

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.backbone import Backbone, Kind
-from bench.registry import EntryInfo, EntryOptions, Registry
+from bench.registry import Default, EntryInfo, EntryOptions, Registry
+
+__all__ = ["METHODS", "Batch", "Classifier", "Default", "Method", "MethodInfo", "Output", "Variant"]
 
 Variant = Literal["paper", "official"]
-
-
-class Default(NamedTuple):
-    """A value that a method brings along, used where the configuration has only its own default."""
-
-    key: str
-    """Dotted key of the configuration (``guidance.weight``), or ``option.NAME`` for an option of the method."""
-    value: Any
-    dataset: str | None
-    """Registered dataset the value is for, None for all."""
-    source: str
-    """Where the figure is published, or ``our choice`` and why."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +27,6 @@ class MethodInfo(EntryInfo):
     variants: tuple[Variant, ...] = ("paper", "official")
     backbones: tuple[Kind, ...] = ("cnn",)
     """Kinds of backbone the method can take."""
-    defaults: tuple[Default, ...] = ()
-    """Values of the configuration that this method wants otherwise, each with its source."""
 
     def __post_init__(self) -> None:
         if (self.kind == "posthoc") != (self.trains_as is not None):

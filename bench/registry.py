@@ -7,6 +7,9 @@ Entries are found in three ways, all through the same door:
 * ``--plugin module_or_file.py`` (see `load_plugin`);
 * a direct import of a module that uses the decorator.
 
+A *family* is an entry that stands for many: all names ``PREFIX:NAME`` (``timm:convnext_tiny``), which its class turns into
+entries one by one. Entry points of families have groups of their own (``bench.backbones.families``).
+
 Names are known without importing an entry; the entry's module is imported when it is first asked for.
 """
 
@@ -19,10 +22,10 @@ import importlib.util
 import inspect
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -31,6 +34,20 @@ class EntryOptions(BaseModel):
     """Base of the options an entry accepts in ``[methods.NAME]``, ``[backbones.NAME]`` or ``[datasets.NAME]``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Default(NamedTuple):
+    """A value that an entry brings along, used where the configuration has only its own default."""
+
+    key: str
+    """Dotted key of the sections train, augment, images or guidance, or ``option.NAME`` for an option of the entry."""
+    value: Any
+    dataset: str | None
+    """Registered dataset the value is for, None for all."""
+    source: str
+    """Where the figure is published, or ``our choice`` and why."""
+    variant: Literal["paper", "official"] | None = None
+    """Variant the value is for, None for both."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +63,8 @@ class EntryInfo:
     url: str = ""
     in_all: bool = True
     """Whether ``all`` on the command line includes the entry (``everything`` always does)."""
+    defaults: tuple[Default, ...] = ()
+    """Values of the configuration that this entry wants otherwise, each with its source."""
 
 
 T = TypeVar("T")
@@ -61,6 +80,15 @@ class Entry(Generic[T, I]):
     target: type[T]
     info: I
     origin: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Member(Generic[T]):
+    """What a family makes of one of its names."""
+
+    target: type[T]
+    info: Mapping[str, Any]
+    """Fields of the entry's data in which the member differs from the family."""
 
 
 class UnknownEntryError(ValueError):
@@ -85,7 +113,9 @@ class Registry(Generic[T, I]):
         self._base = base
         self._info = info
         self._entries: dict[str, Entry[T, I]] = {}
-        self._lazy: dict[str, EntryPoint] | None = None
+        self._families: dict[str, Entry[T, I]] = {}
+        self._members: dict[str, Entry[T, I]] = {}
+        self._lazy: dict[str, dict[str, EntryPoint]] = {}
 
     def register(self, name: str, /, **info: Any) -> Callable[[C], C]:
         """Class decorator: enter the class under ``name`` with its data.
@@ -94,6 +124,27 @@ class Registry(Generic[T, I]):
             ValueError: the name is taken by a class defined elsewhere, or is not lower case without spaces.
             TypeError: the class does not derive from the registry's base, or a field of the data is unknown.
         """
+        return self._register(self._entries, name, info)
+
+    def register_family(self, prefix: str, /, **info: Any) -> Callable[[C], C]:
+        """Class decorator: the class makes the entry of every name ``PREFIX:NAME``.
+
+        It has a class method ``member(name: str) -> Member`` for that, which raises `UnknownEntryError` with a proposal for a
+        name it does not have. ``info`` is the data of the family, and of its members where they do not say otherwise.
+
+        Raises:
+            ValueError, TypeError: as `register`; or the class has no ``member``.
+        """
+        enter = self._register(self._families, prefix, info)
+
+        def enter_family(cls: C) -> C:
+            if not callable(getattr(cls, "member", None)):
+                raise TypeError(f"{self.noun} family {prefix!r}: {cls.__qualname__} has no class method 'member'")
+            return enter(cls)
+
+        return enter_family
+
+    def _register(self, table: dict[str, Entry[T, I]], name: str, info: Mapping[str, Any]) -> Callable[[C], C]:
         if name != name.lower() or any(c.isspace() or c in ",/[]:" for c in name):
             raise ValueError(f"{self.noun} name {name!r}: use lower case without spaces, commas, slashes, colons or brackets")
 
@@ -102,10 +153,10 @@ class Registry(Generic[T, I]):
             if not issubclass(target, self._base()):
                 raise TypeError(f"{self.noun} {name!r}: {cls.__qualname__} does not derive from {self._base().__qualname__}")
             origin = _origin(cls)
-            taken = self._entries.get(name)
+            taken = table.get(name)
             if taken is not None and taken.origin != origin:
                 raise ValueError(f"{self.noun} {name!r} is defined twice: in {taken.origin} and in {origin}")
-            self._entries[name] = Entry(name=name, target=target, info=self._info(**info), origin=origin)
+            table[name] = Entry(name=name, target=target, info=self._info(**info), origin=origin)
             return cls
 
         return enter
@@ -121,38 +172,65 @@ class Registry(Generic[T, I]):
             UnknownEntryError: no such name; the message proposes the nearest ones.
             ValueError: two packages define the name, or a module does not register what its entry point promises.
         """
-        point = self._entry_points().get(name)
-        if name not in self._entries and point is not None:
-            try:
-                importlib.import_module(point.module)
-            except ImportError as error:
-                raise ValueError(f"{self.noun} {name!r} cannot be imported from {_describe(point)}: {error}") from error
-            if name not in self._entries:
-                raise ValueError(f"{_describe(point)} names {self.noun} {name!r}, but {point.module} does not register it")
-        try:
-            entry = self._entries[name]
-        except KeyError:
-            raise UnknownEntryError(f"unknown {self.noun} {name!r}.{did_you_mean(name, self.names())}") from None
-        if point is not None and point.module != entry.target.__module__:
-            raise ValueError(f"{self.noun} {name!r} is defined twice: in {_describe(point)} and in {entry.origin}")
-        return entry
+        prefix, colon, rest = name.partition(":")
+        if not colon:
+            return self._load(name, self._entries, self._entry_points(), known=(*self.names(), *self._family_names()))
+        if name not in self._members:
+            family = self._load(prefix, self._families, self._family_points(), known=(*self._family_names(), *self.names()), asked=name)
+            maker: Any = family.target
+            member: Member[T] = maker.member(rest)
+            info = dataclasses.replace(family.info, **member.info)
+            self._members[name] = Entry(name=name, target=member.target, info=info, origin=family.origin)
+        return self._members[name]
+
+    def families(self) -> tuple[Entry[T, I], ...]:
+        """The families, each as an entry with the name ``PREFIX:NAME``, for lists."""
+        prefixes = sorted(self._families.keys() | self._family_points().keys())
+        found = (self._load(prefix, self._families, self._family_points(), known=()) for prefix in prefixes)
+        return tuple(dataclasses.replace(entry, name=f"{entry.name}:NAME") for entry in found)
 
     def __iter__(self) -> Iterator[Entry[T, I]]:
+        """All entries in order of their names; families have no end and are left out."""
         return (self.get(name) for name in self.names())
 
     def __contains__(self, name: object) -> bool:
         return name in self.names()
 
-    def _entry_points(self) -> dict[str, EntryPoint]:
-        if self._lazy is None:
+    def _load(
+        self, name: str, table: dict[str, Entry[T, I]], points: Mapping[str, EntryPoint], *, known: Iterable[str], asked: str | None = None
+    ) -> Entry[T, I]:
+        point = points.get(name)
+        if name not in table and point is not None:
+            try:
+                importlib.import_module(point.module)
+            except ImportError as error:
+                raise ValueError(f"{self.noun} {name!r} cannot be imported from {_describe(point)}: {error}") from error
+            if name not in table:
+                raise ValueError(f"{_describe(point)} names {self.noun} {name!r}, but {point.module} does not register it")
+        try:
+            entry = table[name]
+        except KeyError:
+            raise UnknownEntryError(f"unknown {self.noun} {(asked or name)!r}.{did_you_mean(asked or name, known)}") from None
+        if point is not None and point.module != entry.target.__module__:
+            raise ValueError(f"{self.noun} {name!r} is defined twice: in {_describe(point)} and in {entry.origin}")
+        return entry
+
+    def _family_names(self) -> tuple[str, ...]:
+        return tuple(f"{prefix}:NAME" for prefix in sorted(self._families.keys() | self._family_points().keys()))
+
+    def _family_points(self) -> dict[str, EntryPoint]:
+        return self._entry_points(".families")
+
+    def _entry_points(self, suffix: str = "") -> dict[str, EntryPoint]:
+        if suffix not in self._lazy:
             found: dict[str, EntryPoint] = {}
-            for point in entry_points(group=self.group):
+            for point in entry_points(group=self.group + suffix):
                 other = found.get(point.name)
                 if other is not None and other.value != point.value:
                     raise ValueError(f"{self.noun} {point.name!r} is defined twice: in {_describe(other)} and in {_describe(point)}")
                 found[point.name] = point
-            self._lazy = found
-        return self._lazy
+            self._lazy[suffix] = found
+        return self._lazy[suffix]
 
 
 def load_plugin(target: str) -> None:

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from bench.cli.main import main
 from bench.config import load_settings
 from bench.sweep.datasets import prepare_missing
 from bench.sweep.plan import make_plan
@@ -67,6 +69,30 @@ def run_bench() -> Callable[..., subprocess.CompletedProcess[str]]:
             timeout=timeout,
             check=False,
         )
+
+    return run
+
+
+class Finished(NamedTuple):
+    """What a command in this process left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def bench_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """Run the command line in this process, which saves the seconds of a start; for commands that start no training."""
+
+    def run(*arguments: object, cwd: Path) -> Finished:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        return Finished(code if isinstance(code, int) else 0, *capsys.readouterr())
 
     return run
 

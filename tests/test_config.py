@@ -38,7 +38,7 @@ def test_layers_win_in_order_and_say_so():
         flags={"run.seeds": [6]},
     )
     train = settings.config.train
-    assert train.batch_size == 64
+    assert train.batch_size == 32
     assert settings.origin("train.batch_size") == "shipped profile quick"
     assert (train.epochs, settings.origin("train.epochs")) == (2, "bench.toml")
     assert (train.lr, settings.origin("train.lr")) == (0.03, "bench.toml [profiles.quick]")

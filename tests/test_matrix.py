@@ -6,10 +6,11 @@ from bench.config import ConfigError, load_settings
 from bench.matrix import DatasetRef, build_matrix, check_world
 from bench.method import METHODS
 from bench.methods.cam import CAM
+from bench.registry import Default
 
 
 def ref(name="synthetic", fingerprint="f", train=4096):
-    return DatasetRef(name=name, fingerprint=fingerprint, samples={"train": train, "val": 10, "test": 10})
+    return DatasetRef(name=name, entry="synthetic", fingerprint=fingerprint, samples={"train": train, "val": 10, "test": 10})
 
 
 def matrix(refs=None, **flags):
@@ -128,3 +129,33 @@ def test_a_batch_that_does_not_divide_is_an_error_with_the_nearest_that_do():
     check_world(settings.config, 2)
     with pytest.raises(ConfigError, match="nearest that do: 222 or 225"):
         check_world(settings.config, 3)
+
+
+@pytest.fixture
+def opinionated():
+    METHODS.register(
+        "opinion-test",
+        title="O",
+        kind="trained",
+        defaults=(
+            Default("train.lr", 0.5, None, "our choice"),
+            Default("train.lr", 0.25, "synthetic", "Table 9"),
+            Default("train.epochs", 3, "rafdb", "Table 9"),
+            Default("guidance.layers", [4], None, "eval.py", "official"),
+        ),
+    )(type("O", (CAM,), {}))
+    yield "opinion-test"
+    METHODS._entries.pop("opinion-test")
+
+
+def test_what_a_method_brings_along_fills_only_what_nobody_has_said(opinionated):
+    training = matrix(run__methods=[opinionated]).cells[0].training
+    assert training.settings["train"]["lr"] == 0.25
+    assert training.settings["train"]["epochs"] == 20
+    assert training.brought == {"train.lr": "opinion-test: Table 9"}
+    assert matrix(run__methods=[opinionated], train__lr=0.125).cells[0].training.settings["train"]["lr"] == 0.125
+
+
+def test_what_is_brought_along_for_a_variant_concerns_that_variant_only(opinionated):
+    assert matrix(run__methods=[opinionated]).cells[1].training.settings["guidance"]["layers"] == [5]
+    assert matrix(run__methods=[opinionated], run__variant="official").cells[1].training.settings["guidance"]["layers"] == [4]

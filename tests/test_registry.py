@@ -69,7 +69,14 @@ def test_a_name_that_could_not_be_typed_is_refused(name):
 
 
 def test_names_are_known_without_importing_the_entries(run_python):
-    code = "import sys; from bench.method import METHODS; assert 'cam' in METHODS.names(); assert 'bench.methods.cam' not in sys.modules; METHODS.get('cam'); assert 'bench.methods.cam' in sys.modules"
+    code = """
+import sys
+from bench.method import METHODS
+assert "cam" in METHODS.names()
+assert "bench.methods.cam" not in sys.modules
+METHODS.get("cam")
+assert "bench.methods.cam" in sys.modules
+"""
     run_python(code)
 
 

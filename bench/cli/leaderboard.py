@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from bench.cli import options
+from bench.cli.console import table_console
 
 
 class TableFormat(StrEnum):
@@ -53,13 +54,11 @@ def leaderboard(
 
 def show_tables(root: Path) -> None:
     """Print all tables of a results folder to the terminal."""
-    from rich.console import Console
-
     from bench.reporting.leaderboard import build_tables
     from bench.reporting.render import rich_table
     from bench.sweep.store import read_records
 
-    console = Console()
+    console = table_console()
     tables = build_tables(record for _, record in read_records(_existing(root)))
     if not tables:
         console.print(f"no finished cells in {root} yet")

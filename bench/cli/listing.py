@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from bench.cli import options
+from bench.cli.console import table_console
 
 
 class What(StrEnum):
@@ -33,7 +34,6 @@ def list_entries(
     plugins: options.Plugins = None,
 ) -> None:
     """List methods, backbones or datasets with their papers; with --format json all their data and options."""
-    from rich.console import Console
     from rich.table import Table
 
     from bench.backbone import BACKBONES
@@ -44,7 +44,7 @@ def list_entries(
     for plugin in plugins or ():
         load_plugin(plugin)
     registries: dict[What, Registry[Any, Any]] = {What.METHODS: METHODS, What.BACKBONES: BACKBONES, What.DATASETS: DATASETS}
-    entries = list(registries[what])
+    entries = [*registries[what], *registries[what].families()]
     if fmt is ListFormat.JSON:
         listed = [
             {
@@ -58,9 +58,11 @@ def list_entries(
         typer.echo(json.dumps(listed, indent=2, ensure_ascii=False))
         return
     extra = {What.METHODS: ("kind", "trains_as", "variants", "backbones"), What.BACKBONES: ("kind",), What.DATASETS: ("license",)}[what]
-    table = Table("name", "title", *(name.replace("_", " ") for name in extra), "paper", "year")
+    table = Table()
+    for number, heading in enumerate(("name", "title", *(name.replace("_", " ") for name in extra), "paper", "year")):
+        table.add_column(heading, no_wrap=number < 2)
     for entry in entries:
         facts = [getattr(entry.info, name) for name in extra]
         cells = [", ".join(f) if isinstance(f, tuple) else str(f or "") for f in facts]
         table.add_row(entry.name, entry.info.title, *cells, entry.info.paper, str(entry.info.year or ""))
-    Console().print(table)
+    table_console().print(table)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bench import __version__
-from bench.cli import data, leaderboard, listing, plan, run
+from bench.cli import data, gallery, leaderboard, listing, plan, run
 
 app = typer.Typer(
     name="bench",
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("plan")(plan.plan)
 app.command("leaderboard")(leaderboard.leaderboard)
+app.command("gallery")(gallery.gallery)
 app.command("list")(listing.list_entries)
 app.add_typer(data.app, name="data")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bench.cli import options
+from bench.cli.console import table_console
 
 if TYPE_CHECKING:
     from bench.sweep.plan import Plan
@@ -54,10 +55,9 @@ def plan(
 
 def show_plan(plan: Plan) -> None:
     """Print trainings, the cells they serve, and what is done."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = table_console()
     table = Table("dataset", "backbone", "trains as", "guidance", "seed", "read out by", "training")
     for training, cells in plan.matrix.trainings:
         names = ", ".join(f"[green]{c.method}[/]" if c.key in plan.done else c.method for c in cells)
@@ -65,6 +65,9 @@ def show_plan(plan: Plan) -> None:
             training.dataset.name, training.backbone, training.trains_as, training.guidance, str(training.seed), names, training.key[:10]
         )
     console.print(table)
+    brought = {f"{key} for {source}" for training, _ in plan.matrix.trainings for key, source in training.brought.items()}
+    for line in sorted(brought):
+        console.print(f"set by an entry: {line}", highlight=False, markup=False)
     for source in plan.sources.values():
         if source.index is None:
             console.print(f"dataset [bold]{source.name}[/] will be prepared in {source.folder}", highlight=False)
@@ -78,7 +81,6 @@ def show_plan(plan: Plan) -> None:
 
 def show_origins(plan: Plan) -> None:
     """Print every setting, its value, its origin."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -89,4 +91,4 @@ def show_origins(plan: Plan) -> None:
         origin = plan.settings.origin(key)
         style = "dim" if origin == "default" else ""
         table.add_row(key, escape(str(value)), escape(origin), style=style)
-    Console().print(table)
+    table_console().print(table)

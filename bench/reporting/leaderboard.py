@@ -16,6 +16,8 @@ Metric = Literal["cl", "cam_cos", "att_cos"]
 METRICS: tuple[Metric, ...] = ("cl", "cam_cos", "att_cos")
 TITLES: Mapping[Metric, str] = {"cl": "CL", "cam_cos": "CAM-COS", "att_cos": "ATT-COS"}
 GUIDANCE = ("none", "au")
+PUBLISHED_ORDER = ("cam", "wildcat", "gradcam", "gradcampp", "acol", "prm", "adl", "cutmix", "layercam", "tscam", "apvit")
+"""Order of the rows in Table 1 of Belharbi et al., FG 2024."""
 GUIDANCE_TITLES: Mapping[str, str] = {"none": "w/o AU", "au": "w/ AU"}
 
 
@@ -43,9 +45,10 @@ class Stat:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One method: its figures without and with guidance."""
+    """One method on one backbone: its figures without and with guidance."""
 
     method: str
+    backbone: str
     title: str
     stats: Mapping[tuple[Metric, str], Stat]
     """(metric, guidance) -> figure; absent where there is no record."""
@@ -60,15 +63,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Rows that may be compared: one dataset, backbone, protocol, variant and recipe."""
+    """Rows that may be compared: one dataset, protocol, variant, evaluation and recipe; rows say on which backbone."""
 
     dataset: str
     fingerprint: str
-    backbone: str
     protocol: str
     variant: str
     recipe: str
-    """Hash of the settings that all rows share."""
+    """Hash of the run's training settings, the same for all rows (methods may bring values of their own along)."""
     test_samples: int
     notes: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -76,7 +78,12 @@ class Table:
     @property
     def title(self) -> str:
         """Heading of the table."""
-        return f"{self.dataset}, {self.backbone}, protocol {self.protocol}, variant {self.variant}"
+        return f"{self.dataset}, {', '.join(self.backbones)}, protocol {self.protocol}, variant {self.variant}"
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """The backbones of the rows, each once, in order."""
+        return tuple(dict.fromkeys(row.backbone for row in self.rows))
 
 
 def build_tables(records: Iterable[Record]) -> tuple[Table, ...]:
@@ -92,28 +99,29 @@ def build_tables(records: Iterable[Record]) -> tuple[Table, ...]:
 
 
 def _comparable(record: Record) -> tuple[str, ...]:
-    shared = {k: v for k, v in record.settings.items() if k != "guidance"}
-    recipe = digest([shared, record.backbone_options, record.evaluation])[:8]
-    cell = record.cell
-    return (cell.dataset, record.data.fingerprint, cell.backbone, record.protocol, record.variant, recipe)
+    # The run's settings, not the training's: methods bring some values of their own along and are compared all the same.
+    sections = {name: record.config[name] for name in ("train", "augment", "images")}
+    recipe = digest([sections | {"train": {k: v for k, v in sections["train"].items() if k != "checkpoint_minutes"}}, record.evaluation])[
+        :8
+    ]
+    return (record.cell.dataset, record.data.fingerprint, record.protocol, record.variant, recipe)
 
 
 def _table(key: tuple[str, ...], records: list[Record]) -> Table:
-    dataset, fingerprint, backbone, protocol, variant, recipe = key
-    groups: dict[tuple[str, str], list[Record]] = {}
+    dataset, fingerprint, protocol, variant, recipe = key
+    groups: dict[tuple[str, str, str], list[Record]] = {}
     guidances = {digest(r.settings["guidance"]) for r in records if "guidance" in r.settings}
     for record in records:
-        groups.setdefault((record.cell.method, digest([record.method_options, record.training_options])), []).append(record)
-    order = {name: position for position, name in enumerate(METHODS.names())}
+        options = digest([record.method_options, record.training_options, record.backbone_options])
+        groups.setdefault((record.cell.method, record.cell.backbone, options), []).append(record)
     rows = [
         row
-        for (method, _), group in sorted(groups.items(), key=lambda item: (order.get(item[0][0], len(order)), item[0]))
-        for row in _rows(method, group, several=len(guidances) > 1)
+        for (method, backbone, _), group in sorted(groups.items(), key=lambda item: (table_order(item[0][0]), item[0]))
+        for row in _rows(method, backbone, group, several=len(guidances) > 1)
     ]
     return Table(
         dataset=dataset,
         fingerprint=fingerprint,
-        backbone=backbone,
         protocol=protocol,
         variant=variant,
         recipe=recipe,
@@ -123,7 +131,12 @@ def _table(key: tuple[str, ...], records: list[Record]) -> Table:
     )
 
 
-def _rows(method: str, records: list[Record], *, several: bool) -> list[Row]:
+def table_order(method: str) -> tuple[int, str]:
+    """Where a method stands in a table: the published order first, then by name."""
+    return (PUBLISHED_ORDER.index(method) if method in PUBLISHED_ORDER else len(PUBLISHED_ORDER), method)
+
+
+def _rows(method: str, backbone: str, records: list[Record], *, several: bool) -> list[Row]:
     """One row a guidance setting (weight, layers); runs without guidance stand beside each of them."""
     plain = [r for r in records if r.cell.guidance == "none"]
     guided: dict[str, list[Record]] = {}
@@ -141,7 +154,7 @@ def _rows(method: str, records: list[Record], *, several: bool) -> list[Row]:
                 values = _values(runs, metric)
                 if values:
                     stats[metric, guidance] = Stat(values=values)
-        rows.append(Row(method=method, title=title + suffix, stats=stats))
+        rows.append(Row(method=method, backbone=backbone, title=title + suffix, stats=stats))
     return rows
 
 

@@ -36,19 +36,26 @@ def caption(table: Table) -> str:
     return " ".join([facts, *(f"Note: {note}." for note in table.notes)])
 
 
-def _header() -> list[str]:
-    return ["Method", *(f"{TITLES[metric]} {GUIDANCE_TITLES[guidance]}" for metric in METRICS for guidance in GUIDANCE), "n"]
+def _header(table: Table) -> list[str]:
+    figures = [f"{TITLES[metric]} {GUIDANCE_TITLES[guidance]}" for metric in METRICS for guidance in GUIDANCE]
+    return ["Method", *(["Backbone"] if len(table.backbones) > 1 else []), *figures, "n"]
 
 
 def _body(table: Table, *, plus_minus: str = "±") -> list[list[str]]:
+    several = len(table.backbones) > 1
     return [
         [
             row.title,
+            *([row.backbone] if several else []),
             *(show(metric, row.stats.get((metric, guidance)), plus_minus=plus_minus) for metric in METRICS for guidance in GUIDANCE),
             row.seeds,
         ]
         for row in table.rows
     ]
+
+
+def _alignment(table: Table) -> list[str]:
+    return ["left"] * (2 if len(table.backbones) > 1 else 1) + ["right"] * (len(METRICS) * len(GUIDANCE) + 1)
 
 
 def render(tables: Sequence[Table], fmt: str) -> str:
@@ -61,16 +68,11 @@ def render(tables: Sequence[Table], fmt: str) -> str:
     parts = []
     for table in tables:
         if fmt == "md":
-            body = tabulate(_body(table), headers=_header(), tablefmt="pipe", disable_numparse=True, colalign=["left", *["right"] * 7])
+            body = tabulate(_body(table), headers=_header(table), tablefmt="pipe", disable_numparse=True, colalign=_alignment(table))
             parts.append(f"### {table.title}\n\n{body}\n\n{caption(table)}\n")
         else:
-            body = tabulate(
-                _body(table, plus_minus="+-"),
-                headers=_header(),
-                tablefmt="latex_booktabs",
-                disable_numparse=True,
-                colalign=["left", *["right"] * 7],
-            )
+            lines = _body(table, plus_minus="+-")
+            body = tabulate(lines, headers=_header(table), tablefmt="latex_booktabs", disable_numparse=True, colalign=_alignment(table))
             body = body.replace("+-", "$\\pm$")
             text = caption(table).replace("%", "\\%").replace("±", "$\\pm$").replace("_", "\\_").replace("&", "\\&")
             parts.append(
@@ -84,8 +86,8 @@ def rich_table(table: Table) -> RichTable:
     from rich.table import Table as RichTable
 
     shown = RichTable(title=table.title, caption=caption(table), caption_justify="left")
-    for number, heading in enumerate(_header()):
-        shown.add_column(heading.replace(" ", "\n", 1), justify="left" if number == 0 else "right", no_wrap=True)
+    for heading, side in zip(_header(table), _alignment(table), strict=True):
+        shown.add_column(heading.replace(" ", "\n", 1), justify="left" if side == "left" else "right")
     for line in _body(table):
         shown.add_row(*line)
     return shown
@@ -96,6 +98,7 @@ def _plain(table: Table) -> dict[str, Any]:
         {
             "method": row.method,
             "title": row.title,
+            "backbone": row.backbone,
             "figures": [
                 {"metric": metric, "guidance": guidance, "mean": stat.mean, "sd": stat.sd, "n": stat.n, "values": list(stat.values)}
                 for (metric, guidance), stat in row.stats.items()
@@ -103,7 +106,7 @@ def _plain(table: Table) -> dict[str, Any]:
         }
         for row in table.rows
     ]
-    facts = ("dataset", "fingerprint", "backbone", "protocol", "variant", "recipe", "test_samples")
+    facts = ("dataset", "fingerprint", "protocol", "variant", "recipe", "test_samples")
     return {**{fact: getattr(table, fact) for fact in facts}, "notes": list(table.notes), "rows": rows}
 
 
@@ -111,11 +114,11 @@ def _csv(tables: Sequence[Table]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
-        ["dataset", "fingerprint", "backbone", "protocol", "variant", "recipe", "method", "guidance", "metric", "mean", "sd", "n"]
+        ["dataset", "fingerprint", "protocol", "variant", "recipe", "method", "backbone", "guidance", "metric", "mean", "sd", "n"]
     )
     for table in tables:
         for row in table.rows:
             for (metric, guidance), stat in row.stats.items():
-                facts = [table.dataset, table.fingerprint, table.backbone, table.protocol, table.variant, table.recipe]
-                writer.writerow([*facts, row.method, guidance, metric, stat.mean, "" if stat.sd is None else stat.sd, stat.n])
+                facts = [table.dataset, table.fingerprint, table.protocol, table.variant, table.recipe]
+                writer.writerow([*facts, row.method, row.backbone, guidance, metric, stat.mean, "" if stat.sd is None else stat.sd, stat.n])
     return out.getvalue()

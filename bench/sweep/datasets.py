@@ -33,11 +33,16 @@ class Source:
         """For the matrix. A dataset still to be prepared has a provisional fingerprint."""
         if self.index is not None:
             return DatasetRef(
-                name=self.name, fingerprint=self.index.fingerprint, samples={k: s.samples for k, s in self.index.splits.items()}
+                name=self.name,
+                entry=self.entry,
+                fingerprint=self.index.fingerprint,
+                samples={k: s.samples for k, s in self.index.splits.items()},
             )
         target = DATASETS.get(self.entry).target
         splits = target(target.Options.model_validate(self.options), raw=self.raw).splits()
-        return DatasetRef(name=self.name, fingerprint="unprepared", samples={split: len(items) for split, items in splits.items()})
+        return DatasetRef(
+            name=self.name, entry=self.entry, fingerprint="unprepared", samples={split: len(items) for split, items in splits.items()}
+        )
 
 
 def resolve_dataset(settings: Settings, name: str) -> Source:

@@ -76,6 +76,8 @@ class Record(_Part):
     backbone_options: dict[str, Any]
     settings: dict[str, Any]
     """What decided the weights: train, augment, images, protocol, guidance."""
+    brought: dict[str, str]
+    """Dotted key -> source, of the settings that the dataset, backbone or method brought along."""
     evaluation: dict[str, Any]
     config: dict[str, Any]
     """The whole configuration of the run."""

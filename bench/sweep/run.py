@@ -183,6 +183,7 @@ def _record(cell: Cell, rows: Rows, trained: Mapping[str, Any], facts: _Facts) -
         training_options=dict(training.method_options),
         backbone_options=dict(training.backbone_options),
         settings=dict(training.settings),
+        brought=dict(training.brought),
         evaluation=dict(cell.evaluation),
         config=config.model_dump(mode="json"),
         origins=dict(facts.settings.origins),

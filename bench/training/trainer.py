@@ -28,6 +28,7 @@ from bench.training.engine import Engine
 from bench.training.observer import Observer
 from bench.training.optimiser import build_optimiser, clip_gradients, learning_rate, set_learning_rate
 from bench.training.task import GuidanceTerm, TrainingTask, guided_share
+from bench.weights import without_loading
 
 CHECK_EVERY = 50
 """Steps between looks at the loss (one wait for the device each)."""
@@ -94,7 +95,8 @@ def load_trained(training: Training, folder: Path, *, num_classes: int) -> Class
         bench.training.checkpoint.DamagedCheckpointError: a file is missing or altered.
     """
     best = load_checkpoint(folder / "best" / read_trained(folder)["best"]["folder"])
-    classifier = build_classifier(training.without_pretrained(), num_classes=num_classes)
+    with without_loading():
+        classifier = build_classifier(training, num_classes=num_classes)
     classifier.load_state_dict(best.model)
     return classifier.eval()
 

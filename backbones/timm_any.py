@@ -1,0 +1,225 @@
+"""Any network of timm by its name: ``timm:convnext_tiny``, ``timm:resnet50.a1_in1k``, ``timm:vit_tiny_patch16_224``.
+
+Networks of several stages give one layer per stage through timm's feature interface. Plain vision transformers with a class
+token are read like DeiT. Others, whose maps are all of one size, are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, ClassVar, Literal
+
+import timm
+import torch
+from pydantic import Field
+from timm.layers.format import Format
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from bench.backbone import BACKBONES, Backbone, BackboneOptions, Features
+from bench.backbones.deit import TimmViT
+from bench.registry import Member, UnknownEntryError
+from bench.weights import State, load_weights
+
+
+class TimmOptions(BackboneOptions):
+    """Options of all timm networks. ``weights = "imagenet"`` takes timm's published weights of the name, with its tag."""
+
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Stochastic depth rate, of networks that have it."""
+
+
+@BACKBONES.register_family(
+    "timm",
+    title="any network of timm",
+    paper="R. Wightman, PyTorch Image Models",
+    year=2019,
+    doi="10.5281/zenodo.4414861",
+    url="https://github.com/huggingface/pytorch-image-models",
+    kind="cnn",
+)
+class TimmFeatures(Backbone):
+    """A timm network of several stages: layer l is its l-th feature, finest first; the last one feeds the classifier."""
+
+    timm_name: ClassVar[str]
+    published: ClassVar[str | None]
+    """The name with the tag of its weights, None if timm has none."""
+
+    class Options(TimmOptions):
+        """Accepted keys of ``[backbones."timm:NAME"]``."""
+
+        output_stride: Literal[8, 16, 32] = 32
+        """Side of the picture over side of the last map; below 32 the last stages are dilated, in networks that allow it."""
+
+    @classmethod
+    def member(cls, name: str) -> Member[Backbone]:
+        """The entry of a timm name, with or without pretrained tag.
+
+        Raises:
+            UnknownEntryError: timm has no such network, or no such tag; proposes the nearest.
+            ValueError: the network has no maps of several sizes and is no plain vision transformer.
+        """
+        architecture, _, tag = name.partition(".")
+        if not timm.is_model(architecture):
+            raise UnknownEntryError(f"timm has no network {architecture!r}.{_nearest(architecture, timm.list_models())}")
+        tags = sorted(full.partition(".")[2] for full in timm.list_models(f"{architecture}.*", pretrained=True))
+        if tag and tag not in tags:
+            known = ", ".join(f"timm:{architecture}.{t}" for t in tags) or "none"
+            raise UnknownEntryError(f"timm has no pretrained tag {tag!r} of {architecture}; those there are: {known}")
+        cfg = timm.get_pretrained_cfg(architecture)
+        own = tag or (cfg.tag if cfg else "")
+        fields = {"timm_name": name, "published": f"{architecture}.{own}" if own in tags else None}
+        title = f"{name} (timm)"
+        with torch.device("meta"):
+            if _is_plain_vit(timm.create_model(architecture, num_classes=0)):
+                info = {"title": title, "kind": "vit", "guided_layers": (1,)}
+                return Member(target=type("TimmPlainViT", (TimmPlainViT,), fields), info=info)
+            reductions = _reductions(architecture)
+        if len(set(reductions)) < 2:
+            raise ValueError(
+                f"timm network {name!r} has no maps of several sizes for methods to read; take a convolutional network or a transformer "
+                f"with stages (timm:convnext_tiny, timm:swin_tiny_patch4_window7_224), or as a vision transformer deit-tiny, deit-small, "
+                f"deit-base"
+            )
+        return Member(target=type("TimmFeatures", (cls,), fields), info={"title": title, "guided_layers": (len(reductions),)})
+
+    def __init__(self, net: nn.Module, *, channels: dict[int, int], channels_last: bool) -> None:
+        super().__init__()
+        self.net = net
+        self.channels = channels
+        self._channels_last = channels_last
+
+    @classmethod
+    def build(cls, options: Backbone.Options, *, image_size: int) -> TimmFeatures:
+        """See `Backbone.build`; the maps are checked on a network without memory before a real one is made.
+
+        Parameters that the last layer does not depend on (branches of HRNet) stay as they are: a distributed step wants a
+        gradient for each that may change.
+        """
+        assert isinstance(options, cls.Options)
+        arguments = _arguments(cls.timm_name, options, image_size=image_size)
+        if options.output_stride != 32:
+            arguments["output_stride"] = options.output_stride
+        architecture = cls.timm_name.partition(".")[0]
+        with torch.device("meta"), torch.enable_grad():
+            try:
+                trial: Any = timm.create_model(architecture, features_only=True, **arguments).eval()
+                maps = trial(torch.empty(2, 3, image_size, image_size))
+                maps[-1].sum().backward()
+            except Exception as error:
+                changed = {key: value for key, value in arguments.items() if key != "img_size"}
+                raise ValueError(
+                    f"images.size = {image_size}: timm network {cls.timm_name!r} cannot be built for or run on such pictures"
+                    f"{f' with {changed}' if changed else ''}: {type(error).__name__}: {error}"
+                ) from error
+        channels_last = getattr(trial, "output_fmt", Format.NCHW) == Format.NHWC
+        channels = dict(enumerate(trial.feature_info.channels(), start=1))
+        shapes = [tuple(m.shape) for m in maps]
+        if len(shapes) != len(channels) or any(
+            len(shape) != 4 or shape[-1 if channels_last else 1] != width for shape, width in zip(shapes, channels.values(), strict=True)
+        ):
+            raise ValueError(f"timm network {cls.timm_name!r} has no spatial maps at its layers: its features are {shapes}")
+        net = timm.create_model(architecture, features_only=True, **arguments)
+        for parameter, tried in zip(net.parameters(), trial.parameters(), strict=True):
+            parameter.requires_grad_(tried.grad is not None)
+        load_weights(
+            net,
+            options.weights,
+            timm_name=cls.published,
+            rename=lambda state: _renamed(state, net=net, architecture=architecture, arguments=arguments),
+            timm_options={key: value for key, value in arguments.items() if key == "img_size"},
+        )
+        backbone = cls(net, channels=channels, channels_last=channels_last)
+        backbone.mean, backbone.std = _normalization(cls.timm_name)
+        backbone.pretrained = options.weights != "random"
+        return backbone
+
+    def forward(self, images: Tensor) -> Features:
+        """See `Backbone.forward`."""
+        maps = self.net(images)
+        if self._channels_last:
+            maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
+        return Features(layers=dict(zip(self.channels, maps, strict=True)))
+
+
+class TimmPlainViT(TimmViT):
+    """A plain vision transformer of timm."""
+
+    timm_name: ClassVar[str]
+    published: ClassVar[str | None]
+
+    class Options(TimmOptions):
+        """Accepted keys of ``[backbones."timm:NAME"]``."""
+
+    @classmethod
+    def build(cls, options: Backbone.Options, *, image_size: int) -> TimmPlainViT:
+        """See `Backbone.build`. Published weights are resampled to the size of the pictures, those of a file are not."""
+        assert isinstance(options, cls.Options)
+        arguments = _arguments(cls.timm_name, options, image_size=image_size)
+        try:
+            net = timm.create_model(cls.timm_name.partition(".")[0], num_classes=0, **arguments)
+        except (AssertionError, ValueError) as error:
+            raise ValueError(f"images.size = {image_size}: timm network {cls.timm_name!r} cannot be built for it: {error}") from error
+        assert isinstance(net, VisionTransformer)
+        side: int = net.patch_embed.patch_size[0]
+        if image_size % side:
+            nearest = max(side, round(image_size / side) * side)
+            raise ValueError(f"images.size = {image_size} is not a multiple of the patch side {side}; --set images.size={nearest}")
+        load_weights(net, options.weights, timm_name=cls.published, timm_options={"img_size": image_size})
+        backbone = cls(net, pretrained=options.weights != "random")
+        backbone.mean, backbone.std = _normalization(cls.timm_name)
+        return backbone
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(f'timm:{c}') for c in close)}?" if close else ""
+    return f"{hint} It has {len(known)}; python -c \"import timm; print(timm.list_models('*resnet*'))\" lists those with resnet in the name"
+
+
+def _is_plain_vit(net: nn.Module) -> bool:
+    """Whether `TimmViT` computes what the network does: one class token, ordinary attention, a final norm."""
+    if type(net) is not VisionTransformer or net.num_prefix_tokens != 1 or net.cls_token is None or isinstance(net.norm, nn.Identity):
+        return False
+    ordinary = ("q_norm", "k_norm", "norm")
+    return all(type(b) is Block and all(isinstance(getattr(b.attn, n, nn.Identity()), nn.Identity) for n in ordinary) for b in net.blocks)
+
+
+def _reductions(architecture: str) -> list[int]:
+    try:
+        net: Any = timm.create_model(architecture, features_only=True)
+    except (RuntimeError, AttributeError, AssertionError, TypeError):  # what timm raises where a network has no feature interface
+        return []
+    return list(net.feature_info.reduction())
+
+
+def _normalization(name: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None:
+        return Backbone.mean, Backbone.std
+    (r, g, b), (sr, sg, sb) = cfg.mean, cfg.std
+    return (r, g, b), (sr, sg, sb)
+
+
+def _arguments(name: str, options: TimmOptions, *, image_size: int) -> dict[str, Any]:
+    """Arguments of ``timm.create_model``; only what differs from its defaults, since not all networks know each of them."""
+    cfg = timm.get_pretrained_cfg(name)
+    arguments: dict[str, Any] = {}
+    if cfg and cfg.fixed_input_size:
+        arguments["img_size"] = image_size
+    if options.drop_path:
+        arguments["drop_path_rate"] = options.drop_path
+    return arguments
+
+
+def _renamed(state: State, *, net: nn.Module, architecture: str, arguments: dict[str, Any]) -> State:
+    """State dict of a whole timm network -> that of its feature network, which renames (``stages.0`` -> ``stages_0``) and prunes."""
+    with torch.device("meta"):
+        whole = timm.create_model(architecture, num_classes=0, **arguments).state_dict().keys()
+    ours = {_flat(name): name for name in net.state_dict()}
+    pruned = {name for name in whole if _flat(name) not in ours}
+    return {ours.get(_flat(name), name): tensor for name, tensor in state.items() if name not in pruned}
+
+
+def _flat(name: str) -> str:
+    return name.removeprefix("model.").replace(".", "_")

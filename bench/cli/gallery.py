@@ -1,0 +1,65 @@
+"""``bench gallery``: look at the maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.cli import options
+
+
+def gallery(
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("gallery.png"),
+    skip: Annotated[int, typer.Option(min=0, help="Leave out so many faces of each expression first.")] = 0,
+    cell: Annotated[int, typer.Option(min=24, help="Side of each little picture, in pixels.")] = 72,
+    methods: options.Methods = None,
+    datasets: options.Datasets = None,
+    backbones: options.Backbones = None,
+    guidance: options.Guidance = None,
+    seeds: options.Seeds = None,
+    variant: options.Variant = None,
+    protocol: options.Protocol = None,
+    results: options.Results = None,
+    data: options.Data = None,
+    config: options.ConfigFile = None,
+    profile: options.Profile = None,
+    sets: options.Sets = None,
+    plugins: options.Plugins = None,
+) -> None:
+    """Draw one test face per expression, its AU map and the map of every method, of the first dataset and seed of a run.
+
+    Give it what you gave bench run: the same settings find the same trained weights.
+    """
+    from rich.console import Console
+
+    from bench.data.readers import open_reader
+    from bench.reporting.gallery import choose_faces, draw_gallery
+    from bench.sweep.plan import make_plan
+
+    settings = options.settings_from(
+        config=config,
+        profile=profile,
+        sets=sets,
+        plugins=plugins,
+        methods=methods,
+        datasets=datasets,
+        backbones=backbones,
+        guidance=guidance,
+        seeds=seeds,
+        variant=variant,
+        protocol=protocol,
+        results=results,
+        data=data,
+    )
+    plan = make_plan(settings)
+    name, seed = settings.config.run.datasets[0], settings.config.run.seeds[0]
+    source = plan.sources[name]
+    if source.index is None:
+        raise ValueError(f"dataset {name!r} is not prepared yet, so nothing is trained on it; first: bench run")
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: the gallery is a PNG; name it {out.with_suffix('.png')}")
+    reader = open_reader(source.folder, "test")
+    draw_gallery(plan, choose_faces(reader, skip=skip), reader, dataset=source.name, seed=seed, cell=cell).save(out)
+    Console().print(f"{out}: {source.name}, seed {seed}", highlight=False)

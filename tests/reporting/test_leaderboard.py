@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+
+import pytest
+
+from bench.reporting.leaderboard import build_tables
+from bench.reporting.render import render
+from bench.sweep.record import CellName, CodeFacts, DataFacts, Record
+
+
+def record(
+    *,
+    method="cam",
+    backbone="mini",
+    guidance="none",
+    seed=0,
+    cl=0.5,
+    cam=0.4,
+    att=0.3,
+    protocol="val",
+    variant="paper",
+    fingerprint="f" * 64,
+    weight=9.0,
+    lr=0.1,
+):
+    settings = {"train": {"lr": lr}, "images": {"size": 64}, "protocol": protocol}
+    if guidance == "au":
+        settings["guidance"] = {"weight": weight, "layers": [5], "au_maps": "symmetric", "grid": 28}
+    summary = {"macro": cam, "samples": 9, "without_map": 0, "missing_classes": [], "per_class": {}}
+    return Record(
+        key="k",
+        training_key="t",
+        cell=CellName(method=method, guidance=guidance, backbone=backbone, dataset="faces", seed=seed),
+        variant=variant,
+        protocol=protocol,
+        method_options={},
+        training_options={},
+        backbone_options={},
+        settings=settings,
+        brought={},
+        evaluation={},
+        config={"train": {"lr": lr, "checkpoint_minutes": 1.0}, "augment": {}, "images": {}},
+        origins={},
+        data=DataFacts(
+            entry="folder",
+            fingerprint=fingerprint,
+            classes=("a", "b"),
+            split="test",
+            samples=10,
+            keys_sha256="s",
+            bad_pictures=0,
+            provenance={},
+        ),
+        attention_layer=5,
+        metrics={"cl": {"accuracy": cl}, "cam_cos": {"true": summary}, "att_cos": {"5": {**summary, "macro": att}}},
+        selection={},
+        epochs=[],
+        weights_sha256="w",
+        rows_sha256="r",
+        code=CodeFacts(version="0", commit=None, dirty_diff_sha256=None, libraries={}),
+        hardware={},
+        cost={},
+        seeds={},
+        finished="2026-11-20T00:00:00+00:00",
+    )
+
+
+def test_a_row_has_mean_and_sample_deviation_over_seeds():
+    values = [0.5, 0.6, 0.9]
+    (table,) = build_tables([record(seed=s, cl=v) for s, v in enumerate(values)])
+    stat = table.rows[0].stats["cl", "none"]
+    assert (stat.mean, stat.sd, stat.n) == (pytest.approx(2 / 3), pytest.approx(statistics.stdev(values)), 3)
+
+
+def test_a_single_seed_has_no_deviation():
+    (table,) = build_tables([record()])
+    assert table.rows[0].stats["cl", "none"].sd is None
+    assert "±" not in render([table], "md").split("mean ±")[0]
+
+
+def test_without_and_with_guidance_stand_side_by_side():
+    (table,) = build_tables([record(cam=0.4), record(guidance="au", cam=0.7)])
+    assert table.rows[0].stats["cam_cos", "none"].mean == 0.4
+    assert table.rows[0].stats["cam_cos", "au"].mean == 0.7
+
+
+@pytest.mark.parametrize("other", [{"protocol": "test-selected"}, {"variant": "official"}, {"fingerprint": "e" * 64}, {"lr": 0.2}])
+def test_rows_that_may_not_be_compared_are_never_in_one_table(other):
+    assert len(build_tables([record(), record(seed=1, **other)])) == 2
+
+
+def test_two_guidance_settings_are_two_rows_beside_the_same_unguided_runs():
+    (table,) = build_tables([record(), record(guidance="au", weight=9.0), record(guidance="au", weight=4.0)])
+    assert sorted(row.title for row in table.rows) == ["CAM (weight 4, layers 5)", "CAM (weight 9, layers 5)"]
+    assert all(row.stats["cl", "none"].n == 1 for row in table.rows)
+
+
+def test_the_same_seed_twice_is_an_error():
+    with pytest.raises(ValueError, match="same seed"):
+        build_tables([record(), record()])
+
+
+def test_a_test_selected_table_says_that_it_is_optimistic():
+    assert "optimistic" in render(build_tables([record(protocol="test-selected")]), "md")
+
+
+def test_json_and_csv_hold_every_figure():
+    tables = build_tables([record(seed=s, guidance=g, cl=0.1 * (s + 1)) for s in range(2) for g in ("none", "au")])
+    (plain,) = json.loads(render(tables, "json"))
+    assert {(f["metric"], f["guidance"], f["n"]) for f in plain["rows"][0]["figures"]} == {
+        (m, g, 2) for m in ("cl", "cam_cos", "att_cos") for g in ("none", "au")
+    }
+    lines = list(csv.DictReader(io.StringIO(render(tables, "csv"))))
+    assert len(lines) == 6
+    assert float(next(line["mean"] for line in lines if line["metric"] == "cl")) == pytest.approx(0.15)
+
+
+def test_latex_is_a_booktabs_table_with_escaped_text():
+    text = render(build_tables([record()]), "latex")
+    assert "\\toprule" in text
+    assert "accuracy in \\%" in text
+    assert "faces, mini" in text
+
+
+def test_an_unknown_method_keeps_its_name():
+    (table,) = build_tables([record(method="from-a-plugin-not-here")])
+    assert table.rows[0].title == "from-a-plugin-not-here"
+
+
+def test_several_backbones_share_a_table_and_are_named_in_their_rows():
+    (table,) = build_tables([record(), record(method="apvit", backbone="mini-apvit")])
+    assert [(row.method, row.backbone) for row in table.rows] == [("cam", "mini"), ("apvit", "mini-apvit")]
+    assert "| Backbone" in render([table], "md")
+
+
+def test_rows_come_in_the_published_order():
+    names = ["tscam", "a-plugin", "wildcat", "cam"]
+    (table,) = build_tables([record(method=name) for name in names])
+    assert [row.method for row in table.rows] == ["cam", "wildcat", "tscam", "a-plugin"]
