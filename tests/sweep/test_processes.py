@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,20 +19,10 @@ FEW = ["--guidance", "au", "--seeds", "0"]
 
 
 def torchrun(project, processes, *arguments):
+    launcher = ["torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command = [*launcher, "-m", "bench", "run", "--device", "cpu", "--timeout", "90", *map(str, arguments)]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(processes),
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "localhost:0",
-        ]
-        + ["-m", "bench", "run", "--device", "cpu", "--timeout", "90", *map(str, arguments)],
+        [sys.executable, "-P", "-m", *command],
         cwd=project,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
         capture_output=True,
@@ -94,29 +83,27 @@ def test_a_batch_that_does_not_divide_over_the_processes_is_refused_before_anyth
 
 @pytest.mark.slow
 def test_killed_at_any_time_and_started_again_it_ends_as_if_undisturbed(project, run_bench):
-    long = [*FEW, "--set", "train.epochs=12", "--set", "train.checkpoint_minutes=0"]
+    long = [*FEW, "--set", "train.epochs=40", "--set", "train.checkpoint_minutes=0"]
     assert run_bench("run", *long, "--results", "undisturbed", cwd=project).returncode == 0
+    seconds = single(project / "undisturbed")[0].cost["training_seconds"]
     dice = random.Random(0)
     command = [sys.executable, "-P", "-m", "bench", "run", *long, "--results", "killed"]
     kills = 0
-    for _ in range(12):
-        process = subprocess.Popen(
+    while kills < 6:
+        with subprocess.Popen(
             command, cwd=project, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        begun = time.monotonic()
-        while process.poll() is None and not (project / "killed" / "trainings").exists() and time.monotonic() - begun < 60:
-            time.sleep(0.05)
-        time.sleep(dice.uniform(0.2, 6))
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        ) as process:
+            begun = time.monotonic()
+            while process.poll() is None and not (project / "killed" / "trainings").exists() and time.monotonic() - begun < 60:
+                time.sleep(0.02)
+            time.sleep(dice.uniform(0, seconds / 2))
+            if process.poll() is not None:
+                break
+            process.kill()
         kills += 1
-        if kills == 5:
-            break
     assert kills, "not one kill hit the run"
     assert run_bench("run", *long, "--results", "killed", cwd=project).returncode == 0
     (a, rows_a), (b, rows_b) = single(project / "undisturbed"), single(project / "killed")
     assert (a.weights_sha256, a.rows_sha256, a.metrics, a.epochs) == (b.weights_sha256, b.rows_sha256, b.metrics, b.epochs)
     assert rows_a.keys == rows_b.keys
-    assert not [p for p in (project / "killed").rglob(".*")], "nothing half-written remains"
+    assert not list((project / "killed").rglob(".*")), "nothing half-written remains"
