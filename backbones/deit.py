@@ -212,10 +212,10 @@ class MiniViT(TimmViT):
 
         width: int = Field(default=16, ge=8, multiple_of=8)
         """Of the convolutional stem, see ``[backbones.mini]``."""
-        dim: int = Field(default=96, ge=8)
+        dim: int = Field(default=64, ge=8)
         """Width of a token, a multiple of ``heads``."""
         depth: int = Field(default=2, ge=1)
-        heads: int = Field(default=3, ge=1)
+        heads: int = Field(default=2, ge=1)
         drop_path: float = Field(default=0.0, ge=0, lt=1)
         """Stochastic depth rate."""
 

@@ -110,14 +110,13 @@ def _comparable(record: Record) -> tuple[str, ...]:
 def _table(key: tuple[str, ...], records: list[Record]) -> Table:
     dataset, fingerprint, protocol, variant, recipe = key
     groups: dict[tuple[str, str, str], list[Record]] = {}
-    guidances = {digest(r.settings["guidance"]) for r in records if "guidance" in r.settings}
     for record in records:
         options = digest([record.method_options, record.training_options, record.backbone_options])
         groups.setdefault((record.cell.method, record.cell.backbone, options), []).append(record)
     rows = [
         row
         for (method, backbone, _), group in sorted(groups.items(), key=lambda item: (table_order(item[0][0]), item[0]))
-        for row in _rows(method, backbone, group, several=len(guidances) > 1)
+        for row in _rows(method, backbone, group)
     ]
     return Table(
         dataset=dataset,
@@ -136,7 +135,7 @@ def table_order(method: str) -> tuple[int, str]:
     return (PUBLISHED_ORDER.index(method) if method in PUBLISHED_ORDER else len(PUBLISHED_ORDER), method)
 
 
-def _rows(method: str, backbone: str, records: list[Record], *, several: bool) -> list[Row]:
+def _rows(method: str, backbone: str, records: list[Record]) -> list[Row]:
     """One row a guidance setting (weight, layers); runs without guidance stand beside each of them."""
     plain = [r for r in records if r.cell.guidance == "none"]
     guided: dict[str, list[Record]] = {}
@@ -146,8 +145,7 @@ def _rows(method: str, backbone: str, records: list[Record], *, several: bool) -
     title = METHODS.get(method).info.title if method in METHODS else method
     rows = []
     for group in guided.values() or [[]]:
-        setting = group[0].settings["guidance"] if group else {}
-        suffix = f" (weight {setting['weight']:g}, layers {'+'.join(map(str, setting['layers']))})" if several and setting else ""
+        suffix = f" ({_guidance_words(group[0])})" if len(guided) > 1 else ""
         stats: dict[tuple[Metric, str], Stat] = {}
         for guidance, runs in (("none", plain), ("au", group)):
             for metric in METRICS:
@@ -156,6 +154,11 @@ def _rows(method: str, backbone: str, records: list[Record], *, several: bool) -
                     stats[metric, guidance] = Stat(values=values)
         rows.append(Row(method=method, backbone=backbone, title=title + suffix, stats=stats))
     return rows
+
+
+def _guidance_words(record: Record) -> str:
+    setting = record.settings["guidance"]
+    return f"weight {setting['weight']:g}, layers {'+'.join(map(str, setting['layers']))}, {setting['au_maps']} AU maps"
 
 
 def _values(records: list[Record], metric: Metric) -> tuple[float, ...]:
@@ -176,6 +179,12 @@ def figure(metrics: Mapping[str, Any], metric: Metric, *, layer: int) -> float |
 
 def _notes(records: list[Record]) -> tuple[str, ...]:
     notes = []
+    guided: dict[str, set[str]] = {}
+    for record in records:
+        if "guidance" in record.settings:
+            guided.setdefault(_guidance_words(record), set()).add(record.cell.backbone)
+    if guided:
+        notes.append("guidance: " + "; ".join(f"{words} ({', '.join(sorted(names))})" for words, names in sorted(guided.items())))
     if records[0].protocol == "test-selected":
         notes.append("checkpoints were selected on the test split: figures are optimistic")
     for summary in (records[0].metrics["cam_cos"]["true"],):

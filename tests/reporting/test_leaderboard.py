@@ -95,7 +95,10 @@ def test_rows_that_may_not_be_compared_are_never_in_one_table(other):
 
 def test_two_guidance_settings_are_two_rows_beside_the_same_unguided_runs():
     (table,) = build_tables([record(), record(guidance="au", weight=9.0), record(guidance="au", weight=4.0)])
-    assert sorted(row.title for row in table.rows) == ["CAM (weight 4, layers 5)", "CAM (weight 9, layers 5)"]
+    assert sorted(row.title for row in table.rows) == [
+        "CAM (weight 4, layers 5, symmetric AU maps)",
+        "CAM (weight 9, layers 5, symmetric AU maps)",
+    ]
     assert all(row.stats["cl", "none"].n == 1 for row in table.rows)
 
 
