@@ -11,10 +11,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $(READY)
 
-# The main job: all methods of the quick profile on built-in synthetic faces, CAM with a second seed, then table and picture.
+# The main job: all methods of the quick profile on built-in synthetic faces, CAM and its read-outs with a second seed, then table and picture.
 demo: $(READY)
 	$(BIN)/bench run --methods all --profile quick --seeds 0 --results runs/demo --data data
-	$(BIN)/bench run --methods cam --profile quick --seeds 0,1 --results runs/demo --data data
+	$(BIN)/bench run --methods cam,gradcam,gradcampp,layercam --profile quick --seeds 0,1 --results runs/demo --data data
 	$(BIN)/bench gallery --methods all --profile quick --seeds 0 --results runs/demo --data data --out runs/demo/gallery.png
 
 test: $(READY)
