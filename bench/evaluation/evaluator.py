@@ -15,7 +15,7 @@ from bench.au.maps import action_unit_maps, expression_ids
 from bench.data.batch import Reader
 from bench.data.index import hash_keys
 from bench.data.transforms import eval_images, eval_landmarks
-from bench.evaluation.maps import attention_cosines, map_cosines
+from bench.evaluation.maps import attention_cosines, check_finite, map_cosines, read_maps
 from bench.evaluation.rows import Rows
 from bench.method import Classifier, Method
 from bench.training.alignment import layer_attention
@@ -35,7 +35,9 @@ def accuracy(classifier: Classifier, reader: Reader, *, size: int, batch_size: i
     with torch.inference_mode():
         for raw in reader.eval_batches(rank=engine.rank, world_size=engine.world_size, batch_size=batch_size):
             images = eval_images(raw.images.to(engine.device), size=size, mean=classifier.backbone.mean, std=classifier.backbone.std)
-            hits = classifier(images).logits.argmax(dim=1) == raw.labels.to(engine.device)
+            logits = classifier(images).logits
+            check_finite(logits, label="selection of the checkpoint")
+            hits = logits.argmax(dim=1) == raw.labels.to(engine.device)
             counts += torch.stack([hits.sum(), torch.as_tensor(len(raw), device=engine.device)])
     classifier.train(training)
     correct, seen = engine.sum(counts).tolist()
@@ -93,14 +95,14 @@ def evaluate(
             au_maps, valid = action_unit_maps(landmarks, expressions[batch.labels], frame=REFERENCE_FRAME, size=size, variant=au_variant)
             output = classifier(images)
             output.images = images
+            check_finite(output.logits, label=label)
             columns = {"position": batch.positions, "label": batch.labels, "logits": output.logits, "au_valid": valid}
             for layer, features in output.layers.items():
                 columns[f"attention/{layer}"] = _where(valid, attention_cosines(layer_attention(features.detach()), au_maps))
             predicted = output.logits.argmax(dim=1)
             for name, method in methods.items():
                 for target, classes in (("true", batch.labels), ("predicted", predicted)):
-                    maps = method.maps(classifier, output, classes).detach()
-                    columns[f"{target}/{name}"] = _where(valid, map_cosines(maps, au_maps))
+                    columns[f"{target}/{name}"] = _where(valid, map_cosines(read_maps(method, classifier, output, classes), au_maps))
             parts.append({key: value.detach().cpu().numpy() for key, value in columns.items()})
             if engine.is_main:
                 observer.advance(label, steps=len(raw) * engine.world_size, note="")

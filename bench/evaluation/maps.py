@@ -6,6 +6,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.method import Classifier, Method, Output
+
+
+def read_maps(method: Method, classifier: Classifier, output: Output, classes: Tensor) -> Tensor:
+    """`Method.maps` with its input and output checked: (B, h, w), float32, without graph.
+
+    Raises:
+        ValueError: a class id the classifier does not have (negative ones would quietly count from the end), or maps of
+            another form than the contract's.
+    """
+    count = output.logits.shape[1]
+    bad = classes[(classes < 0) | (classes >= count)]
+    if len(bad):
+        raise ValueError(f"class id {int(bad[0])} is out of range: the classifier has {count} classes, 0 to {count - 1}")
+    maps = method.maps(classifier, output, classes).detach()
+    if maps.ndim != 3 or len(maps) != len(classes):
+        raise ValueError(f"{type(method).__name__}.maps returned the shape {tuple(maps.shape)}, wanted ({len(classes)}, h, w)")
+    return maps.float()
+
+
+def check_finite(logits: Tensor, *, label: str) -> None:
+    """Refuse logits that are NaN or infinite: their largest one would be counted like any other.
+
+    Raises:
+        ValueError: naming the training.
+    """
+    if not logits.isfinite().all():
+        raise ValueError(f"{label}: the network gives NaN or infinite logits; its weights are damaged, or its training diverged")
+
 
 def min_max(maps: Tensor) -> Tensor:
     """(m - min) / (max - min) of each map (..., h, w); a constant map becomes zeros. Free of scale: no epsilon.

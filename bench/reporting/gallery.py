@@ -9,13 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor
 
 from bench.au.codebook import REFERENCE_FRAME
 from bench.au.maps import action_unit_maps, expression_ids
 from bench.data.batch import RawBatch, Reader
 from bench.data.transforms import eval_images, eval_landmarks
-from bench.evaluation.maps import min_max, upsample
+from bench.evaluation.maps import min_max, read_maps, upsample
 from bench.matrix import Cell
 from bench.method import METHODS
 from bench.reporting.leaderboard import GUIDANCE, GUIDANCE_TITLES, table_order
@@ -126,7 +125,7 @@ def _maps(cells: Sequence[Cell], faces: Faces, reader: Reader, store: Store) -> 
         output.images = images
         for cell in cells:
             if cell.training.key == training.key:
-                raw: Tensor = build_reader(cell).maps(classifier, output, faces.batch.labels).detach()
-                shown = upsample(min_max(raw.float()), size=faces.batch.images.shape[-1])
+                raw = read_maps(build_reader(cell), classifier, output, faces.batch.labels)
+                shown = upsample(min_max(raw), size=faces.batch.images.shape[-1])
                 maps[cell.method, training.backbone, training.guidance] = shown.numpy()
     return maps

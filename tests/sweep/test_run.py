@@ -214,3 +214,23 @@ def test_bf16_trains_and_evaluates_in_float32(go, results):
         AcceleratorState._reset_state(reset_partial_state=True)
     ((folder, _),) = read_records(results)
     assert read_cell_rows(folder).logits.dtype == np.float32
+
+
+def test_the_gallery_shows_faces_au_maps_and_the_maps_of_all_trained_cells(go, results):
+    import numpy as np
+
+    from bench.config import load_settings
+    from bench.data.readers import open_reader
+    from bench.reporting.gallery import choose_faces, draw_gallery
+    from bench.sweep.plan import make_plan
+
+    go(run__guidance=["none"])
+    plan = make_plan(load_settings(environ={}, flags={"run.guidance": ["none", "au"]}))
+    reader = open_reader(plan.sources["synthetic"].folder, "test")
+    faces = choose_faces(reader)
+    assert len(faces.names) == 6
+    assert "neutral" not in faces.names
+    sheet = np.asarray(draw_gallery(plan, faces, reader, dataset="synthetic", seed=0, cell=40))
+    row = slice(36 + 2 * 43, 36 + 2 * 43 + 40)  # of CAM
+    assert sheet[row, 92:132].std() > 10
+    assert (sheet[row, 92 + 43 : 92 + 83] == 255).all()  # guidance au is not trained yet: blank
