@@ -11,7 +11,7 @@ from timm.models.resnet import BasicBlock
 from timm.models.resnet import ResNet as TimmNet
 from torch import nn
 
-from bench.backbone import BACKBONES, Backbone, BackboneOptions
+from bench.backbone import BACKBONES, Backbone
 from bench.backbones.resnet import TimmResNet, remove_last_strides
 from bench.weights import load_weights
 
@@ -27,7 +27,7 @@ from bench.weights import load_weights
 class MiniResNet(TimmResNet):
     """One basic block a stage; with ``large_maps`` the maps have an eighth of the input's side, as in the large networks."""
 
-    class Options(BackboneOptions):
+    class Options(Backbone.Options):
         """Accepted keys of ``[backbones.mini]``."""
 
         width: int = Field(default=16, ge=8, multiple_of=8)
