@@ -11,6 +11,7 @@ from bench.cli import options
 
 
 def gallery(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("gallery.png"),
     skip: Annotated[int, typer.Option(min=0, help="Leave out so many faces of each expression first.")] = 0,
     cell: Annotated[int, typer.Option(min=24, help="Side of each little picture, in pixels.")] = 72,
@@ -38,21 +39,7 @@ def gallery(
     from bench.reporting.gallery import choose_faces, draw_gallery
     from bench.sweep.plan import make_plan
 
-    settings = options.settings_from(
-        config=config,
-        profile=profile,
-        sets=sets,
-        plugins=plugins,
-        methods=methods,
-        datasets=datasets,
-        backbones=backbones,
-        guidance=guidance,
-        seeds=seeds,
-        variant=variant,
-        protocol=protocol,
-        results=results,
-        data=data,
-    )
+    settings = options.settings_from(context)
     plan = make_plan(settings)
     name, seed = settings.config.run.datasets[0], settings.config.run.seeds[0]
     source = plan.sources[name]

@@ -23,6 +23,7 @@ class TableFormat(StrEnum):
 
 
 def leaderboard(
+    context: typer.Context,
     results: options.Results = None,
     fmt: Annotated[TableFormat, typer.Option("--format", help="table, md, csv, json or latex.")] = TableFormat.TABLE,
     out: Annotated[Path | None, typer.Option(help="Write to a file instead.")] = None,
@@ -37,7 +38,7 @@ def leaderboard(
     from bench.reporting.render import render
     from bench.sweep.store import read_records
 
-    settings = options.settings_from(config=config, profile=profile, sets=sets, plugins=plugins, results=results)
+    settings = options.settings_from(context)
     root = settings.config.run.results
     if fmt is TableFormat.TABLE:
         if out is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,15 +32,11 @@ Plugins = Annotated[
 ]
 
 
-def settings_from(
-    *,
-    config: Path | None,
-    profile: str | None,
-    sets: Sequence[str] | None,
-    plugins: Sequence[str] | None = None,
-    **flags: str | Path | None,
-) -> Settings:
-    """Load plugins, then merge all layers of settings; flags that were not given are left out.
+MATRIX_FLAGS = ("methods", "datasets", "backbones", "guidance", "seeds", "variant", "protocol", "results", "data")
+
+
+def settings_from(context: typer.Context) -> Settings:
+    """Load plugins, then merge all layers of settings, with the flags of the running command that were given.
 
     Raises:
         ValueError: whatever cannot be, see `bench.config.load_settings`.
@@ -49,13 +44,11 @@ def settings_from(
     from bench.config import load_settings
     from bench.registry import load_plugin
 
-    for plugin in plugins or ():
+    given = context.params
+    for plugin in given.get("plugins") or ():
         load_plugin(plugin)
-    given: dict[str, Any] = {}
-    for name, value in flags.items():
-        if value is not None:
-            given[f"run.{name}"] = _value(name, value)
-    return load_settings(file=config, profile=profile, sets=sets or (), flags=given)
+    flags = {f"run.{name}": _value(name, given[name]) for name in MATRIX_FLAGS if given.get(name) is not None}
+    return load_settings(file=given.get("config"), profile=given.get("profile"), sets=given.get("sets") or (), flags=flags)
 
 
 def _value(name: str, value: str | Path) -> Any:

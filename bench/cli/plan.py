@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def plan(
+    context: typer.Context,
     methods: options.Methods = None,
     datasets: options.Datasets = None,
     backbones: options.Backbones = None,
@@ -32,21 +33,7 @@ def plan(
     """Check everything and show the cells and trainings of a run, without making anything."""
     from bench.sweep.plan import make_plan
 
-    settings = options.settings_from(
-        config=config,
-        profile=profile,
-        sets=sets,
-        plugins=plugins,
-        methods=methods,
-        datasets=datasets,
-        backbones=backbones,
-        guidance=guidance,
-        seeds=seeds,
-        variant=variant,
-        protocol=protocol,
-        results=results,
-        data=data,
-    )
+    settings = options.settings_from(context)
     made = make_plan(settings)
     if origins:
         show_origins(made)

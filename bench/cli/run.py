@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def run(
+    context: typer.Context,
     methods: options.Methods = None,
     datasets: options.Datasets = None,
     backbones: options.Backbones = None,
@@ -44,21 +45,7 @@ def run(
     from bench.sweep.plan import make_plan
     from bench.training.engine import Engine, world_size
 
-    settings = options.settings_from(
-        config=config,
-        profile=profile,
-        sets=sets,
-        plugins=plugins,
-        methods=methods,
-        datasets=datasets,
-        backbones=backbones,
-        guidance=guidance,
-        seeds=seeds,
-        variant=variant,
-        protocol=protocol,
-        results=results,
-        data=data,
-    )
+    settings = options.settings_from(context)
     if device not in ("auto", "cpu"):
         raise ValueError(f"--device {device}: use auto or cpu")
     made = make_plan(settings, world_size=world_size())
