@@ -22,7 +22,7 @@ def test_the_page_on_adding_a_method_runs_as_written(project, run_bench):
     (project / "sharp_cam.py").write_text(code)
     verb, *arguments = shlex.split(command)
     assert verb == "bench"
-    smaller = ["--seeds", "0", "--set", "images.size=32", "--set", "train.epochs=1", "--set", "datasets.synthetic.train=64"]
+    smaller = ["--seeds", "0", "--set", "images.size=32", "--set", "train.epochs=2", "--set", "datasets.synthetic.train=64"]
     done = run_bench(*arguments, *smaller, "--set", "datasets.synthetic.val=21", "--set", "datasets.synthetic.test=28", cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 cells done" in done.stdout
