@@ -159,3 +159,20 @@ def test_what_a_method_brings_along_fills_only_what_nobody_has_said(opinionated)
 def test_what_is_brought_along_for_a_variant_concerns_that_variant_only(opinionated):
     assert matrix(run__methods=[opinionated]).cells[1].training.settings["guidance"]["layers"] == [5]
     assert matrix(run__methods=[opinionated], run__variant="official").cells[1].training.settings["guidance"]["layers"] == [4]
+
+
+def test_eleven_methods_with_and_without_guidance_are_sixteen_trainings_not_twenty_two():
+    settings = load_settings(environ={}, profile="quick", flags={"run.methods": ["all"], "run.seeds": [0]})
+    made = build_matrix(settings, {"synthetic": ref()})
+    built_in = [cell for cell in made.cells if METHODS.get(cell.method).target.__module__.startswith("bench.methods")]
+    assert len({cell.method for cell in built_in}) == 11
+    assert (len(built_in), len({cell.training.key for cell in built_in})) == (22, 16)
+
+
+def test_everything_has_the_rows_that_all_leaves_out():
+    rows = {
+        which: {cell.method for cell in matrix(run__methods=[which], run__backbones=["mini", "mini-vit", "mini-apvit"]).cells}
+        for which in ("all", "everything")
+    }
+    more = {"hirescam", "xgradcam", "eigencam", "scorecam", "ablationcam", "smoothgradcampp", "finercam", "rollout", "legrad"}
+    assert more <= rows["everything"] - rows["all"]
