@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.config import ConfigError, Settings
 from bench.data.index import INDEX_NAME, Index, load_index
-from bench.data.pack import prepare, prepared_folder
+from bench.data.pack import Progress, prepare, prepared_folder
 from bench.dataset import DATASETS
 from bench.matrix import DatasetRef, parse_options
 from bench.registry import did_you_mean
@@ -116,15 +116,27 @@ def prepare_missing(sources: Iterable[Source], *, observer: Observer, plugins: S
     """Prepare the datasets that still have to be. Called on one process."""
     for source in sources:
         if source.index is None:
-            label = f"prepare {source.name}"
-            observer.begin(label, steps=sum(source.reference().samples.values()), done=0)
-            prepare(
-                source.entry,
-                name=source.name,
-                options=source.options,
-                raw=source.raw,
-                out=source.folder,
-                workers=min(4, len(os.sched_getaffinity(0))),
-                plugins=plugins,
-            )
-            observer.end(label)
+            _prepare(source, observer=observer, plugins=plugins)
+
+
+def _prepare(source: Source, *, observer: Observer, plugins: Sequence[str]) -> None:
+    label = f"prepare {source.name}"
+    observer.begin(label, steps=sum(source.reference().samples.values()), done=0)
+    seen = 0
+
+    def report(progress: Progress) -> None:
+        nonlocal seen
+        observer.advance(label, steps=progress.done - seen, note=f"{progress.bad} bad" if progress.bad else "")
+        seen = progress.done
+
+    prepare(
+        source.entry,
+        name=source.name,
+        options=source.options,
+        raw=source.raw,
+        out=source.folder,
+        workers=min(4, len(os.sched_getaffinity(0))),
+        plugins=plugins,
+        on_progress=report,
+    )
+    observer.end(label)
