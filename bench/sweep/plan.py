@@ -9,7 +9,7 @@ import torch
 
 from bench.config import ConfigError, Settings
 from bench.dataset import DATASETS
-from bench.matrix import Cell, Matrix, Planned, Training, build_matrix, check_sections, check_world
+from bench.matrix import Matrix, Planned, Training, build_matrix, check_sections, check_world
 from bench.sweep.datasets import Source, check_splits, resolve_dataset
 from bench.sweep.store import Store
 from bench.training.build import build_classifier, build_reader
@@ -97,9 +97,3 @@ def _check_dataset_tables(settings: Settings) -> None:
             known = settings.config.datasets.keys() - {name}
             if name not in DATASETS and name not in settings.config.run.datasets:
                 check_sections(settings, "datasets", [*DATASETS.names(), *known])
-
-
-def finished(plan: Plan, store: Store) -> tuple[list[Cell], list[Cell]]:
-    """Split the plan's cells into done and missing, as the results folder is now."""
-    done = [cell for cell in plan.matrix.cells if store.is_done(cell)]
-    return done, [cell for cell in plan.matrix.cells if cell not in done]

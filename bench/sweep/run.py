@@ -66,7 +66,7 @@ def run_plan(plan: Plan, *, engine: Engine, observer: Observer) -> Outcome:
         if not missing:
             continue
         fresh = engine.from_main(not store.is_trained(training))
-        errors = _run_training(Planned(training, tuple(missing)), plan.settings, store, readers, engine, observer)
+        errors = _run_training(Planned(training, tuple(missing)), plan.settings, store, readers, engine, observer, fresh=fresh)
         trained += fresh and len(errors) < len(missing)
         ran += [cell for cell in missing if cell.label not in errors]
         failed |= errors
@@ -75,15 +75,15 @@ def run_plan(plan: Plan, *, engine: Engine, observer: Observer) -> Outcome:
 
 
 def _run_training(
-    planned: Planned, settings: Settings, store: Store, readers: _Readers, engine: Engine, observer: Observer
+    planned: Planned, settings: Settings, store: Store, readers: _Readers, engine: Engine, observer: Observer, *, fresh: bool
 ) -> dict[str, str]:
-    """Train and evaluate; returns cell label -> error of those that failed."""
+    """Train if ``fresh``, and evaluate; returns cell label -> error of those that failed."""
     training, cells = planned
     try:
         source = readers.source(training)
         folder = store.training_folder(training)
         config = settings.config
-        if engine.from_main(not store.is_trained(training)):
+        if fresh:
             selection = readers.open(training, "test" if training.settings["protocol"] == "test-selected" else "val")
 
             def select(classifier: Classifier) -> float:
