@@ -8,13 +8,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from pydantic import ValidationError
-
 from bench.backbone import BACKBONES, Backbone, BackboneInfo
 from bench.config import Config, ConfigError, Settings, join_key
 from bench.dataset import DATASETS
 from bench.method import METHODS, Method, MethodInfo, Variant
-from bench.registry import Default, Entry, EntryOptions, Registry, did_you_mean
+from bench.registry import Default, Entry, EntryOptions, OptionError, Registry, check_options, did_you_mean
 
 Guidance = Literal["none", "au"]
 
@@ -222,15 +220,10 @@ def parse_options(registry: Registry[Any, Any], name: str, given: Mapping[str, A
     Raises:
         ConfigError: an unknown key (with the nearest), or a value of the wrong type; ``where`` leads the message.
     """
-    model: type[EntryOptions] = registry.get(name).target.Options
     try:
-        return model.model_validate(dict(given))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            raise ConfigError(f"{where}: {registry.noun} {name!r} has no option {key!r}.{did_you_mean(key, model.model_fields)}") from None
-        raise ConfigError(f"{where}: option {key} = {problem['input']!r} of {registry.noun} {name!r}: {problem['msg']}") from None
+        return check_options(registry, name, given)
+    except OptionError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def check_world(config: Config, world_size: int) -> None:

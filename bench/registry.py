@@ -27,7 +27,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class EntryOptions(BaseModel):
@@ -67,6 +67,10 @@ class EntryInfo:
     """Values of the configuration that this entry wants otherwise, each with its source."""
 
 
+class OptionError(ValueError):
+    """An option that an entry does not have, or a value that it does not take."""
+
+
 T = TypeVar("T")
 I = TypeVar("I", bound=EntryInfo)  # noqa: E741 - the info record that belongs to T
 C = TypeVar("C", bound=type)
@@ -102,6 +106,30 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
     shown = ", ".join(names[:30]) + (f", ... ({len(names)} in all)" if len(names) > 30 else "")
     return f"{hint} Available: {shown or 'none'}."
+
+
+def check_options(registry: Registry[Any, Any], name: str, given: Mapping[str, Any]) -> EntryOptions:
+    """Validate the options of one entry with its own model, and fill in defaults.
+
+    Strings are taken for numbers and booleans where the model wants those.
+
+    Raises:
+        UnknownEntryError: the registry has no such entry.
+        OptionError: an unknown key (with the nearest), or a value that the option does not take.
+    """
+    model: type[EntryOptions] = registry.get(name).target.Options
+    try:
+        return model.model_validate(dict(given))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        who = f"{registry.noun} {name!r}"
+        if problem["type"] == "extra_forbidden":
+            raise OptionError(f"{who} has no option {key!r}.{did_you_mean(key, model.model_fields)}") from None
+        reason = problem["msg"].removeprefix("Value error, ")
+        if not key:  # a rule about several options
+            raise OptionError(f"{who}: {reason}") from None
+        raise OptionError(f"option {key} = {problem['input']!r} of {who}: {reason}") from None
 
 
 class Registry(Generic[T, I]):
