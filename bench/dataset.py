@@ -6,15 +6,16 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from bench.registry import EntryInfo, EntryOptions, Registry
 
 EXPRESSIONS = ("neutral", "happiness", "surprise", "fear", "anger", "disgust", "sadness")
-"""The seven expressions, in the order of the published code (METHODS.md 1.6): class id = position."""
+"""The seven expressions, in the order of the published code: class id = position."""
 
 SPLITS = ("train", "val", "test")
 
@@ -32,10 +33,21 @@ class DatasetInfo(EntryInfo):
 class DatasetOptions(EntryOptions):
     """Options every dataset has."""
 
-    size: int = 256
+    size: int = Field(default=256, ge=16, le=4096)
     """Side, in pixels, of the square pictures stored in the shards."""
-    quality: int = 95
-    """JPEG quality of the stored pictures, 1 to 100."""
+    quality: int = Field(default=95, ge=1, le=100)
+    """JPEG quality of the stored pictures."""
+    landmarks: Literal["shipped", "face-alignment", "dlib", "none"] = "shipped"
+    """Where the 68 landmarks come from: what the dataset brings along, a network that finds them, or nowhere."""
+
+
+class Box(NamedTuple):
+    """A face in pixels of a picture."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +70,20 @@ class Face:
     """(height, width, 3), RGB."""
     landmarks: npt.NDArray[np.float64] | None
     """(68, 2), x and y in pixels of ``image``, iBUG order; None where not found."""
+    box: Box | None = None
+    """Where the face is, if the dataset knows: spares the search where landmarks are to be found."""
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Further JSON-able facts to store beside the picture (the action units drawn, for instance)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """A line of a dataset's annotation that cannot be used. It is reported among the bad pictures."""
+
+    split: str
+    """``train`` or ``test``, or what the line says in its place."""
+    source: str
+    reason: str
 
 
 class BadPictureError(ValueError):
@@ -97,6 +121,17 @@ class Dataset(ABC):
         Raises:
             BadPictureError: the picture cannot be used.
         """
+
+    def rejected(self) -> Sequence[Rejected]:
+        """Lines of the annotation that name no usable picture. Called after `splits`."""
+        return ()
+
+    def expected(self) -> Mapping[str, Mapping[str, int]]:
+        """Published number of pictures: split -> class -> count; splits left out are not checked.
+
+        Pictures of ``val`` count as ``train`` where ``train`` alone is expected: val is cut from it.
+        """
+        return {}
 
     def provenance(self) -> Mapping[str, Any]:
         """JSON-able facts for the index (rule and hash of a cut split, mapping of labels). Called after `splits`."""

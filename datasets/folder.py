@@ -22,7 +22,7 @@ import numpy.typing as npt
 from pydantic import Field, field_validator
 
 from bench.data.pictures import decode_picture, orient_landmarks
-from bench.data.splits import CUT_RULE, hash_sources, stratified_cut
+from bench.data.splits import cut_val, hash_sources, mixed
 from bench.dataset import DATASETS, EXPRESSIONS, SPLITS, BadPictureError, Dataset, Face, Item
 
 LANDMARKS_NAME = "landmarks.csv"
@@ -165,16 +165,14 @@ class Folder(Dataset):
         if self.options.identity_pattern:
             self._check_identities(found, notes)
 
-        cut = "val" not in found
-        if cut:
-            train, val = stratified_cut(found["train"], fraction=self.options.val_fraction, salt=self.options.val_salt)
-            found["train"], found["val"] = train, val
-        self._provenance = {"val": {"sources_sha256": hash_sources(found["val"]), "cut_from_train": cut}}
-        if cut:
-            self._provenance["val"] |= {"rule": CUT_RULE, "fraction": self.options.val_fraction, "salt": self.options.val_salt}
+        if "val" in found:
+            facts: dict[str, Any] = {"sources_sha256": hash_sources(found["val"]), "cut_from_train": False}
+        else:
+            found["train"], found["val"], facts = cut_val(found["train"], fraction=self.options.val_fraction, salt=self.options.val_salt)
+        self._provenance = {"val": facts}
         self._provenance["landmarks"] = self._check_landmarks(found, notes)
         self._provenance["notes"] = notes
-        return {split: sorted(found[split], key=_mixed) for split in SPLITS}
+        return {split: mixed(found[split]) for split in SPLITS}
 
     def read(self, item: Item) -> Face:
         """Read one picture upright, with its landmarks turned along.
@@ -185,7 +183,7 @@ class Folder(Dataset):
         """
         image, orientation = decode_picture((self.root / item.source).read_bytes())
         landmarks = None
-        if (self.root / LANDMARKS_NAME).is_file():
+        if self.options.landmarks == "shipped" and (self.root / LANDMARKS_NAME).is_file():
             self._table = self._table or LandmarkTable(self.root / LANDMARKS_NAME)
             landmarks = self._table.points(item.source)
         if landmarks is not None and self.options.landmark_frame == "stored":
@@ -297,11 +295,6 @@ class Folder(Dataset):
 
 def _folders(parent: Path) -> list[Path]:
     return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _mixed(item: Item) -> bytes:
-    """Sort key that mixes the classes: readers that stream shards shuffle among neighbours only."""
-    return hashlib.sha256(item.source.encode()).digest()
 
 
 def _near(landmarks: npt.NDArray[np.float64], image: npt.NDArray[np.uint8]) -> bool:

@@ -1,4 +1,4 @@
-"""``bench data``: prepare, verify, stats, show."""
+"""``bench data``: prepare, verify, stats, show, landmarks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from bench.data.index import Index
+    from bench.data.landmark_check import Agreement
 
 app = typer.Typer(
     name="data",
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 
 _SHOWN_BAD = 20
+_SHOWN_WORST = 10
 _LOG_SECONDS = 5.0
 
 RootOption = Annotated[Path, typer.Option("--root", help="Folder that holds the prepared datasets.", file_okay=False)]
@@ -45,6 +47,20 @@ def prepare(
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="Option of the entry; repeatable.")
     ] = None,
+    folds: Annotated[
+        Path | None, typer.Option(help="Folder of the published folds: their splits, classes and landmarks replace the dataset's.")
+    ] = None,
+    landmarks: Annotated[
+        str | None,
+        typer.Option(metavar="shipped|face-alignment|dlib|none", help="Where the 68 landmarks come from. Same as --option landmarks=..."),
+    ] = None,
+    landmark_weights: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the files that find landmarks. Default: where their package keeps them.", file_okay=False),
+    ] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Go on although pictures are missing; the index and every table say so.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")] = False,
     plugin: PluginOption = None,
 ) -> None:
@@ -61,6 +77,8 @@ def prepare(
         raise ValueError(f"{name!r} is no registered dataset.{did_you_mean(name, DATASETS.names())} For your own pictures give --raw DIR")
     entry = entry or (name if name in DATASETS else "folder")
     options = parse_options(option or ())
+    _add_option(options, "folds", str(folds) if folds else None)
+    _add_option(options, "landmarks", landmarks)
     folder = out or prepared_folder(root, name=name, entry_name=entry, options=options)
     console = Console()
     reused = False
@@ -80,6 +98,8 @@ def prepare(
             out=folder,
             workers=workers,
             overwrite=overwrite,
+            allow_partial=allow_partial,
+            landmark_weights=landmark_weights,
             plugins=tuple(plugin or ()),
             on_progress=on_progress,
         )
@@ -177,6 +197,83 @@ def show(
     Console().print(f"wrote {path} ({sheet.width} x {sheet.height})", style="green", markup=False, soft_wrap=True)
 
 
+@app.command(epilog="Example: bench data landmarks mine --against dlib --sheet landmarks.png")
+def landmarks(
+    dataset: DatasetArgument,
+    *,
+    against: Annotated[str, typer.Option(metavar="face-alignment|dlib", help="The source to compare with.")],
+    first: Annotated[
+        str, typer.Option(metavar="stored|face-alignment|dlib", help="The other source; errors are in units of its eye distance.")
+    ] = "stored",
+    root: RootOption = Path("data"),
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            "--landmark-weights",
+            help="Folder of the files that find landmarks. Default: where their package keeps them.",
+            file_okay=False,
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, val or test; all for every split.")] = "test",
+    samples: Annotated[int, typer.Option(min=1, help="Pictures to compare, at most; always the same ones.")] = 200,
+    sheet: Annotated[Path | None, typer.Option(help="PNG to write, with the faces that agree worst.", dir_okay=False)] = None,
+) -> None:
+    """Compare two sources of landmarks on a sample of a prepared dataset: normalised mean error, per face part, and the worst faces."""
+    import io
+
+    from bench.data.atomic import write_bytes_atomic
+    from bench.data.landmark_check import check_landmarks, draw_agreement
+
+    folder = find_prepared(dataset, root=root)
+    if sheet is not None and not sheet.parent.is_dir():
+        raise FileNotFoundError(f"--sheet {sheet}: there is no folder {sheet.parent}")
+    console = Console()
+    with progress(console, f"finding landmarks in {folder}", unit="pictures") as tell:
+        agreement = check_landmarks(
+            folder,
+            first=first,
+            second=against,
+            weights=weights,
+            split=split,
+            samples=samples,
+            on_progress=lambda done, total: tell(done, total, 0, ""),
+        )
+    _print_agreement(console, agreement, title=f"{first} and {against}: {folder}, {split}")
+    if sheet is not None:
+        buffer = io.BytesIO()
+        picture = draw_agreement(folder, agreement)
+        picture.save(buffer, "PNG")
+        write_bytes_atomic(sheet, buffer.getvalue())
+        console.print(f"wrote {sheet} ({picture.width} x {picture.height})", style="green", markup=False, soft_wrap=True)
+
+
+def _print_agreement(console: Console, agreement: Agreement, *, title: str) -> None:
+    total, compared = len(agreement.faces), len(agreement.errors)
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    table.add_row("pictures", str(total))
+    for source, missing in zip(agreement.sources, agreement.missing, strict=True):
+        table.add_row(f"none by {escape(source)}", f"{missing} ({_percent(missing / total)})")
+    if agreement.incomparable:
+        table.add_row("eyes in one place", str(agreement.incomparable))
+    table.add_row("compared", str(compared))
+    table.add_section()
+    for number, (name, error) in enumerate(agreement.summary().items()):
+        if number == 3:
+            table.add_section()
+        table.add_row(f"normalised mean error, {name}" if number < 3 else name, _percent(error))
+    console.print(table)
+    if not compared:
+        console.print("no face has landmarks from both sources: nothing to compare", style="yellow", markup=False, soft_wrap=True)
+        return
+    console.print("error: mean distance of the points over that of the outer eye corners; the worst:", markup=False, soft_wrap=True)
+    for face in agreement.faces[:_SHOWN_WORST]:
+        if face.error is not None:
+            console.print(f"  {_percent(face.error):>8}  {face.split}: {face.source}", markup=False, highlight=False, soft_wrap=True)
+
+
 def parse_options(pairs: list[str] | tuple[str, ...]) -> dict[str, Any]:
     """Read ``key=value`` words. The entry's model decides on types; lists and tables are written as in TOML.
 
@@ -198,6 +295,15 @@ def parse_options(pairs: list[str] | tuple[str, ...]) -> dict[str, Any]:
             except tomllib.TOMLDecodeError as error:
                 raise ValueError(f"--option {pair!r}: {error}") from error
     return options
+
+
+def _add_option(options: dict[str, Any], key: str, value: str | None) -> None:
+    """Take over a flag that stands for an option of the entry."""
+    if value is None:
+        return
+    if key in options:
+        raise ValueError(f"--{key} {value} and --option {key}={options[key]} say the same thing twice; keep one")
+    options[key] = value
 
 
 def find_prepared(dataset: str, *, root: Path) -> Path:
@@ -274,6 +380,11 @@ def progress(console: Console, what: str, *, unit: str) -> Iterator[Callable[[in
 
 
 def _print_findings(console: Console, index: Index, folder: Path) -> None:
+    from bench.data.index import partial_words
+
+    partial = partial_words(index.provenance)
+    if partial:
+        console.print(f"partial data, not the published pictures: {partial}", style="bold yellow", markup=False, soft_wrap=True)
     for note in index.provenance.get("notes", ()):
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
     for picture in index.bad_pictures[:_SHOWN_BAD]:
@@ -293,3 +404,7 @@ def _duration(seconds: float) -> str:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

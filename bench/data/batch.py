@@ -48,6 +48,8 @@ class Reader(Protocol):
     """Key of every sample, by position."""
     labels: Tensor
     """(N,) int64, by position."""
+    people: Tensor
+    """(N,) int64, by position: number of the person shown, -1 = unknown."""
 
     def train_steps(self, *, seed: int, epoch: int, rank: int, world_size: int, batch_size: int, start_step: int = 0) -> Iterator[RawBatch]:
         """This rank's share, ``batch_size // world_size`` samples, of every global batch from ``start_step`` on.

@@ -33,6 +33,8 @@ class Member(NamedTuple):
     json_bytes: int
     crc32: int | None = None
     """`zlib.crc32` of the jpg, cls and json data in this order: tells *which* sample of a damaged shard is damaged."""
+    person: int | None = None
+    """Number of the person shown, where known: pictures of one person are not independent evidence."""
 
 
 class _Frozen(BaseModel):
@@ -101,6 +103,16 @@ class Index(_Frozen):
             for shard in self.splits[split].shards:
                 digest.update(shard.sha256.encode())
         return digest.hexdigest()
+
+
+def partial_words(provenance: Mapping[str, Any]) -> str:
+    """``train 40 of 12271 (7 classes), ...`` of the classes without their published number of pictures; empty where all have it."""
+    partial: Mapping[str, Mapping[str, list[int]]] = provenance.get("partial") or {}
+    return ", ".join(
+        f"{split} {sum(have for have, _ in counts.values())} of {sum(count for _, count in counts.values())} "
+        f"({len(counts)} {'class' if len(counts) == 1 else 'classes'})"
+        for split, counts in partial.items()
+    )
 
 
 def hash_keys(keys: Iterable[str]) -> str:

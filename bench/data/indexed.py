@@ -29,6 +29,7 @@ class IndexedReader:
         self.classes = samples.classes
         self.keys = samples.keys
         self.labels = samples.labels
+        self.people = samples.people
         self._samples = samples
         self._disk = _DiskSamples(samples)
         self._workers = workers
@@ -134,6 +135,7 @@ class _DiskSamples(Dataset[Columns]):
             if len(data) != size:
                 raise self.samples.damaged(shard, f"the file ends inside its {name} member", key=member.key)
             parts.append(data)
+        self.samples.check_crc(shard, member, parts)  # always: the hash of a shard was compared when it was opened, perhaps days ago
         jpg, cls, annotation = parts
         return self.samples.decode(shard, member, jpg=jpg, cls=cls, annotation=annotation)
 

@@ -40,19 +40,28 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bench import __version__
 from bench.data.atomic import PARTIAL_SUFFIX, atomic_file, fsync_folder, write_bytes_atomic, write_json_atomic
 from bench.data.index import INDEX_NAME, REPORT_NAME, BadPicture, Index, Member, Shard, Split, count_classes, hash_keys, load_index
+from bench.data.landmarks import Landmarker, describe_source, open_landmarker
 from bench.data.pictures import encode_jpeg, letterbox
 from bench.data.verify import verify
-from bench.dataset import DATASETS, SPLITS, BadPictureError, Dataset, Item
-from bench.registry import did_you_mean, load_plugin
+from bench.dataset import DATASETS, SPLITS, BadPictureError, Dataset, Face, Item
+from bench.registry import check_options, load_plugin
 
 SHARD_ITEMS = 512
 """Pictures per shard, bad ones included. Part of the format: another number is another `PACKER`."""
-PACKER = "bench.data.pack 1"
+LANDMARK_GROUP = 32
+"""Pictures that a landmark network is given together, at most."""
+GROUP_PIXELS = 64_000_000
+"""Pixels of these pictures, at which a group is full: large photographs are taken fewer at a time."""
+PACKER = "bench.data.pack 2"
 JOURNAL_NAME = ".prepare"
 _PLAN_NAME = "plan.json"
 _OWN_FILE = re.compile(
     rf"({'|'.join(SPLITS)})-\d{{6,}}\.tar(\.[0-9a-f]+\{PARTIAL_SUFFIX})?|({INDEX_NAME}|{REPORT_NAME})(\.[0-9a-f]+\{PARTIAL_SUFFIX})?"
 )
+
+
+class BusyError(ValueError):
+    """Another process is preparing the same folder."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,29 +106,6 @@ class _Record(BaseModel):
     """A hash of each stored picture, to find the same one in two splits."""
 
 
-def dataset_options(entry_name: str, options: Mapping[str, Any]) -> Dataset.Options:
-    """Check ``[datasets.NAME]`` or ``--option`` values against the entry's model, and fill in defaults.
-
-    Strings are taken for numbers and booleans where the model wants those.
-
-    Raises:
-        ValueError: unknown dataset or option (with the nearest ones), or a value the option does not take.
-    """
-    model = DATASETS.get(entry_name).target.Options
-    try:
-        checked = model.model_validate(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise ValueError(f"dataset {entry_name!r} has no option {key!r}.{did_you_mean(key, model.model_fields)}") from None
-        reason = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"dataset {entry_name!r}, option {key}={first['input']!r}: {reason}") from None
-    if checked.size < 1 or not 1 <= checked.quality <= 100:
-        raise ValueError(f"dataset {entry_name!r}: size must be at least 1 and quality 1 to 100, got {checked.size} and {checked.quality}")
-    return checked
-
-
 def prepared_folder(root: Path, *, name: str, entry_name: str, options: Mapping[str, Any]) -> Path:
     """Where a prepared dataset lies below ``root``.
 
@@ -131,7 +117,7 @@ def prepared_folder(root: Path, *, name: str, entry_name: str, options: Mapping[
     """
     if not DATASETS.get(entry_name).info.embedded:
         return root / name
-    checked = dataset_options(entry_name, options).model_dump(mode="json")
+    checked = check_options(DATASETS, entry_name, options).model_dump(mode="json")
     return root / f"{name}-{hashlib.sha256(_canonical(checked)).hexdigest()[:8]}"
 
 
@@ -144,6 +130,8 @@ def prepare(
     out: Path,
     workers: int,
     overwrite: bool = False,
+    allow_partial: bool = False,
+    landmark_weights: Path | None = None,
     plugins: Sequence[str] = (),
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Index:
@@ -155,16 +143,20 @@ def prepare(
     Args:
         entry_name: registered dataset.
         name: what the user calls the result.
-        options: the entry's options; see `dataset_options`.
+        options: the entry's options, checked here.
         raw: folder of the user's download; None for embedded datasets.
         out: folder to write; made if missing.
         workers: processes that read, scale and encode. 1: in this process.
         overwrite: remove what an earlier run with other options or inputs left in ``out``.
+        allow_partial: go on where pictures are missing from the published number, and record it in the index.
+        landmark_weights: folder of the files of the network that option ``landmarks`` names; None = where its package keeps them.
         plugins: modules or files that workers must load to know the entry.
         on_progress: called after every shard; once, with ``reused == total``, where all is there already.
 
     Raises:
-        ValueError: wrong options, layout or annotation; ``out`` holds something else; too little disk space; no usable picture in a split.
+        ValueError: wrong options, layout or annotation; ``out`` holds something else; too little disk space; no usable picture in a
+            split; another number of pictures than published, without ``allow_partial``; landmarks that cannot be found here.
+        BusyError: another process is preparing ``out``.
         FileNotFoundError: ``raw`` does not exist.
         RuntimeError: a worker died, or the dataset's code failed; finished shards are kept.
     """
@@ -172,14 +164,19 @@ def prepare(
         raise ValueError(f"--workers {workers}: at least 1 is needed")
     for plugin in plugins:
         load_plugin(plugin)
-    checked = dataset_options(entry_name, options)
+    checked = check_options(DATASETS, entry_name, options)
+    assert isinstance(checked, Dataset.Options)
     entry = DATASETS.get(entry_name)
     _check_raw(entry_name, raw, embedded=entry.info.embedded, out=out)
+    landmarks = describe_source(checked.landmarks, weights=landmark_weights)
     dataset = entry.target(checked, raw=raw)
     splits = {split: tuple(items) for split, items in dataset.splits().items()}
     classes = tuple(dataset.classes)
     _check_items(entry_name, splits, classes)
-    provenance = dict(dataset.provenance())
+    listed = {split: Counter(classes[item.label] for item in items) for split, items in splits.items()}
+    _check_counts(entry_name, "listed", listed, dataset.expected(), allow_partial=allow_partial)
+    rejected = tuple(BadPicture(split=r.split, source=r.source, reason=r.reason) for r in dataset.rejected())
+    provenance = {**dataset.provenance(), "landmark_source": landmarks}
     described = json.loads(_canonical(provenance))  # what the index will say, hence what two runs can compare
     plan: dict[str, Any] = {
         "packer": PACKER,
@@ -206,9 +203,17 @@ def prepare(
             for number, start in enumerate(range(0, len(items), SHARD_ITEMS))
         ]
         records = _run(
-            jobs, _Start(tuple(plugins), entry_name, plan["options"], raw), workers=workers, size=checked.size, report=on_progress
+            jobs,
+            _Start(tuple(plugins), entry_name, plan["options"], raw, landmark_weights),
+            workers=workers,
+            size=checked.size,
+            report=on_progress,
         )
-        index = _index(plan, splits, records, provenance=described, made_with=made_with, license_note=entry.info.license)
+        index = _index(plan, splits, records, rejected=rejected, provenance=described, made_with=made_with, license_note=entry.info.license)
+        made = {split: Counter(group.class_counts) for split, group in index.splits.items()}
+        partial = _check_counts(entry_name, "usable", made, dataset.expected(), allow_partial=allow_partial)
+        if partial:
+            index = index.model_copy(update={"provenance": index.provenance | {"partial": partial}})
         for job, record in zip(jobs, records, strict=True):
             if not record.shard.samples:
                 (out / job.shard_name).unlink()
@@ -247,6 +252,34 @@ def _check_items(entry_name: str, splits: Mapping[str, Sequence[Item]], classes:
                 raise ValueError(f"dataset {entry_name!r}: {item.source} has class id {item.label}, but there are {len(classes)} classes")
 
 
+def _check_counts(
+    entry_name: str,
+    what: str,
+    found: Mapping[str, Mapping[str, int]],
+    expected: Mapping[str, Mapping[str, int]],
+    *,
+    allow_partial: bool,
+) -> dict[str, dict[str, list[int]]]:
+    """Compare with the published numbers: split -> class -> [found, published], of those that differ."""
+    differing: dict[str, dict[str, list[int]]] = {}
+    for split, published in expected.items():
+        parts = ("train", "val") if split == "train" and "val" not in expected else (split,)
+        have = {name: sum(found.get(part, {}).get(name, 0) for part in parts) for name in published}
+        wrong = {name: [have[name], count] for name, count in published.items() if have[name] != count}
+        if wrong:
+            differing[split] = wrong
+    if differing and not allow_partial:
+        words = "; ".join(
+            f"{split}: " + ", ".join(f"{name} {have} of {count} ({have - count:+d})" for name, (have, count) in wrong.items())
+            for split, wrong in differing.items()
+        )
+        raise ValueError(
+            f"dataset {entry_name!r}: the {what} pictures are not the published number of each class: {words}. Complete the download, or "
+            "go on with --allow-partial: the index records it and every table says so"
+        )
+    return differing
+
+
 def _hash_input(splits: Mapping[str, Sequence[Item]], raw: Path | None, provenance: Mapping[str, Any]) -> str:
     """sha256 over what is listed (with file sizes, where sources are files) and what the dataset says about it."""
     digest = hashlib.sha256(_canonical(provenance))
@@ -266,7 +299,7 @@ def _sole_writer(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is preparing {out} right now. Wait for it, or choose another --out") from None
+            raise BusyError(f"another process is preparing {out} right now. Wait for it, or choose another --out") from None
         yield
     finally:
         os.close(descriptor)
@@ -351,6 +384,11 @@ class _Start:
     entry_name: str
     options: dict[str, Any]
     raw: Path | None
+    landmark_weights: Path | None
+
+    def landmarker(self) -> Landmarker | None:
+        """What finds landmarks, if the options ask for it."""
+        return open_landmarker(self.options["landmarks"], weights=self.landmark_weights)
 
     def dataset(self) -> Dataset:
         for plugin in self.plugins:
@@ -384,9 +422,9 @@ def _made(jobs: Sequence[_Job], start: _Start, *, workers: int) -> Iterator[tupl
     if not jobs:
         return
     if workers == 1:
-        dataset = start.dataset()
+        dataset, landmarker = start.dataset(), start.landmarker()
         for job in jobs:
-            yield job, _make_shard(dataset, job)
+            yield job, _make_shard(dataset, landmarker, job)
         return
     # Spawned, not forked: the caller may have threads (and CUDA), and a worker must be able to start from its arguments alone.
     context = multiprocessing.get_context("spawn")
@@ -429,11 +467,11 @@ def _check_space(out: Path, pictures: int, *, size: int) -> None:
         )
 
 
-_dataset: Dataset | None = None  # of this worker process
+_sources: tuple[Dataset, Landmarker | None] | None = None  # of this worker process
 
 
 def _start_worker(start: _Start) -> None:
-    global _dataset
+    global _sources
     # Ctrl-C reaches the whole process group: the parent decides, and the shard at hand is still finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -444,15 +482,15 @@ def _start_worker(start: _Start) -> None:
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
-    _dataset = start.dataset()
+    _sources = start.dataset(), start.landmarker()
 
 
 def _work(job: _Job) -> _Record:
-    assert _dataset is not None
-    return _make_shard(_dataset, job)
+    assert _sources is not None
+    return _make_shard(*_sources, job)
 
 
-def _make_shard(dataset: Dataset, job: _Job) -> _Record:
+def _make_shard(dataset: Dataset, landmarker: Landmarker | None, job: _Job) -> _Record:
     bad: list[BadPicture] = []
     members: list[Member] = []
     pictures: list[str] = []
@@ -460,12 +498,11 @@ def _make_shard(dataset: Dataset, job: _Job) -> _Record:
     with atomic_file(job.out / job.shard_name) as file:
         # USTAR: every member is one header block and its data, so offsets are known while writing.
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for position, item in enumerate(job.items, start=job.start):
-                try:
-                    jpg, note = _sample(dataset, item)
-                except BadPictureError as error:
-                    bad.append(BadPicture(split=job.split, source=item.source, reason=str(error)))
+            for position, item, sample in _samples(dataset, landmarker, job):
+                if isinstance(sample, BadPictureError):
+                    bad.append(BadPicture(split=job.split, source=item.source, reason=str(sample)))
                     continue
+                jpg, note = sample
                 without_landmarks += note["landmarks"] is None
                 key = f"{position:08d}"
                 parts = {"jpg": jpg, "cls": str(item.label).encode(), "json": _canonical(note)}
@@ -497,14 +534,51 @@ def _make_shard(dataset: Dataset, job: _Job) -> _Record:
     return record
 
 
-def _sample(dataset: Dataset, item: Item) -> tuple[bytes, dict[str, Any]]:
+def _samples(
+    dataset: Dataset, landmarker: Landmarker | None, job: _Job
+) -> Iterator[tuple[int, Item, tuple[bytes, dict[str, Any]] | BadPictureError]]:
+    """Every item of a shard with its picture and note, or with why there is none."""
+    read = ((position, item, _read(dataset, item)) for position, item in enumerate(job.items, start=job.start))
+    for group in ([one] for one in read) if landmarker is None else _groups(read):
+        if landmarker is not None:
+            faces = [face for _, _, face in group if isinstance(face, Face)]
+            found = iter(landmarker.find([face.image for face in faces], [face.box for face in faces]))
+            group = [
+                (position, item, dataclasses.replace(face, landmarks=next(found)) if isinstance(face, Face) else face)
+                for position, item, face in group
+            ]
+        for position, item, face in group:
+            yield position, item, _sample(dataset, item, face) if isinstance(face, Face) else face
+
+
+def _groups(read: Iterable[tuple[int, Item, Face | BadPictureError]]) -> Iterator[list[tuple[int, Item, Face | BadPictureError]]]:
+    """Neighbours of a shard. They begin at its first item: what a network sees together does not depend on who makes the shard, or when."""
+    group: list[tuple[int, Item, Face | BadPictureError]] = []
+    pixels = 0
+    for one in read:
+        size = one[2].image.shape[0] * one[2].image.shape[1] if isinstance(one[2], Face) else 0
+        if group and (len(group) == LANDMARK_GROUP or pixels + size > GROUP_PIXELS):
+            yield group
+            group, pixels = [], 0
+        group.append(one)
+        pixels += size
+    if group:
+        yield group
+
+
+def _read(dataset: Dataset, item: Item) -> Face | BadPictureError:
     try:
-        face = dataset.read(item)
-    except (BadPictureError, OSError, MemoryError):
+        return dataset.read(item)
+    except BadPictureError as error:
+        return error
+    except (OSError, MemoryError):
         raise
     except Exception as error:
         raise RuntimeError(f"{type(dataset).__qualname__}.read failed on {item.source}: {type(error).__name__}: {error}") from error
-    landmarks = face.landmarks
+
+
+def _sample(dataset: Dataset, item: Item, face: Face) -> tuple[bytes, dict[str, Any]]:
+    landmarks = None if dataset.options.landmarks == "none" else face.landmarks
     if landmarks is not None and (landmarks.shape != (68, 2) or not np.isfinite(landmarks).all()):
         raise RuntimeError(f"{type(dataset).__qualname__}.read returned landmarks of {item.source} that are not 68 finite points")
     image, landmarks = letterbox(face.image, landmarks, size=dataset.options.size)
@@ -532,6 +606,7 @@ def _index(
     splits: Mapping[str, Sequence[Item]],
     records: Iterable[_Record],
     *,
+    rejected: Sequence[BadPicture],
     provenance: dict[str, Any],
     made_with: Mapping[str, str],
     license_note: str,
@@ -541,11 +616,13 @@ def _index(
     for record, split in zip(records, (s for s, items in splits.items() for _ in range(0, len(items), SHARD_ITEMS)), strict=True):
         by_split[split].append(record)
     notes: list[str] = list(provenance.pop("notes", []))
-    bad = tuple(
+    bad = tuple(sorted(rejected, key=lambda picture: (picture.split, picture.source, picture.reason))) + tuple(
         picture
         for group in by_split.values()
         for picture in sorted((p for record in group for p in record.bad), key=lambda picture: picture.source)
     )
+    people = sorted({item.identity for items in splits.values() for item in items if item.identity is not None})
+    numbers = {identity: number for number, identity in enumerate(people)}
     made: dict[str, Split] = {}
     for split, group in by_split.items():
         members = [member for record in group for member in record.shard.members]
@@ -559,7 +636,7 @@ def _index(
             samples=len(members),
             class_counts=counts,
             keys_sha256=hash_keys(member.key for member in members),
-            shards=tuple(record.shard for record in group if record.shard.samples),
+            shards=tuple(_with_people(record.shard, splits[split], numbers) for record in group if record.shard.samples),
         )
     notes += _overlaps(splits, by_split)
     without = {split: sum(record.without_landmarks for record in group) for split, group in by_split.items()}
@@ -581,6 +658,16 @@ def _index(
         bad_pictures=bad,
         splits=made,
     )
+
+
+def _with_people(shard: Shard, items: Sequence[Item], numbers: Mapping[str, int]) -> Shard:
+    """The shard's entry with the number of the person in each picture."""
+    identities = (items[int(member.key)].identity for member in shard.members)
+    members = tuple(
+        member if identity is None else member._replace(person=numbers[identity])
+        for member, identity in zip(shard.members, identities, strict=True)
+    )
+    return shard.model_copy(update={"members": members})
 
 
 def _overlaps(splits: Mapping[str, Sequence[Item]], by_split: Mapping[str, Sequence[_Record]]) -> list[str]:

@@ -8,6 +8,8 @@ import hashlib
 import io
 import json
 import re
+import signal
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -49,6 +51,11 @@ class SplitSamples:
     def labels(self) -> Tensor:
         """(N,) int64."""
         return torch.tensor([member.label for member in self.members], dtype=torch.int64)
+
+    @functools.cached_property
+    def people(self) -> Tensor:
+        """(N,) int64, number of the person shown; -1 = unknown."""
+        return torch.tensor([-1 if member.person is None else member.person for member in self.members], dtype=torch.int64)
 
     @functools.cached_property
     def hashes(self) -> Tensor:
@@ -103,6 +110,11 @@ class SplitSamples:
             if hashes:
                 with path.open("rb") as file:
                     self.check_hash(shard, hashlib.file_digest(file, "sha256").hexdigest())
+
+    def check_crc(self, shard: Shard, member: Member, parts: Sequence[bytes]) -> None:
+        """Raise ValueError unless the jpg, cls and json data of a sample are those of the index; indexes of old have no checksum."""
+        if member.crc32 is not None and functools.reduce(_crc32, parts, 0) != member.crc32:
+            raise self.damaged(shard, "its content is not that of the index (crc32 differs)", key=member.key)
 
     def check_hash(self, shard: Shard, found: str) -> None:
         """Raise ValueError unless the sha256 found is the one in the index."""
@@ -183,6 +195,10 @@ def to_batch(columns: Columns) -> RawBatch:
     return RawBatch(positions=positions, hashes=hashes, images=images, labels=labels, landmarks=landmarks)
 
 
+def _crc32(so_far: int, data: bytes) -> int:
+    return zlib.crc32(data, so_far)
+
+
 def iterate(dataset: Dataset[Any], *, workers: int, batches: Sequence[Any] | None = None) -> Iterator[Any]:
     """What torch's DataLoader makes of a dataset that yields finished batches; pinned where there is CUDA.
 
@@ -199,6 +215,7 @@ def iterate(dataset: Dataset[Any], *, workers: int, batches: Sequence[Any] | Non
             num_workers=workers,
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_parent,
             # A generator of its own: the default one would take a number from torch's global stream, which is the model's.
             generator=torch.Generator(),
         )
@@ -212,6 +229,13 @@ def iterate(dataset: Dataset[Any], *, workers: int, batches: Sequence[Any] | Non
         # worker, since its queues are gone before it is; let go of here, it ends them at once. The text has the worker's trace.
         del loader
         raise error.with_traceback(None) from None
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    # Ctrl-C and a batch system's warning go to the whole process group. They ask the parent to save, for which it still needs its
+    # workers. SIGTERM keeps its meaning: it is how the parent ends them.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Any:

@@ -20,7 +20,9 @@ _GAP = 4
 _HEADING = 22
 
 
-class _Sample(NamedTuple):
+class StoredSample(NamedTuple):
+    """One sample of a shard, unpacked."""
+
     key: str
     image: Image.Image
     landmarks: npt.NDArray[np.float64] | None
@@ -60,7 +62,7 @@ def contact_sheet(folder: Path, *, split: str = "train", per_class: int = 3, cel
         draw.text((6, top + cell // 2 - 16), f"{name}\n{len(of_class)}", (0, 0, 0), font=font)
         count = min(per_class, len(of_class))
         chosen = [of_class[i] for i in np.linspace(0, len(of_class) - 1, count).round().astype(int)] if count else []
-        samples = [_read(folder, shard, member) for shard, member in chosen]
+        samples = [read_sample(folder, shard, member) for shard, member in chosen]
         maps = _au_maps(samples, name, size=index.image_size)
         for column, (sample, au_map) in enumerate(zip(samples, maps, strict=True)):
             left = _LABEL_WIDTH + column * (3 * cell + 3 * _GAP)
@@ -69,7 +71,12 @@ def contact_sheet(folder: Path, *, split: str = "train", per_class: int = 3, cel
     return sheet
 
 
-def _read(folder: Path, shard: Shard, member: Member) -> _Sample:
+def read_sample(folder: Path, shard: Shard, member: Member) -> StoredSample:
+    """Read one sample of a prepared dataset.
+
+    Raises:
+        ValueError: it cannot be read; the message says how to check the whole.
+    """
     where = f"{folder / shard.name}, sample {member.key}"
     with (folder / shard.name).open("rb") as file:
         file.seek(member.jpg_offset)
@@ -81,12 +88,14 @@ def _read(folder: Path, shard: Shard, member: Member) -> _Sample:
             image = picture.convert("RGB")
         annotation = json.loads(note)
         points = annotation["landmarks"]
-        return _Sample(member.key, image, None if points is None else np.asarray(points, np.float64).reshape(68, 2), annotation["source"])
+        return StoredSample(
+            member.key, image, None if points is None else np.asarray(points, np.float64).reshape(68, 2), annotation["source"]
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where} cannot be read: {error}. Check the whole: bench data verify {folder}") from error
 
 
-def _au_maps(samples: Sequence[_Sample], class_name: str, *, size: int) -> list[npt.NDArray[np.float32] | None]:
+def _au_maps(samples: Sequence[StoredSample], class_name: str, *, size: int) -> list[npt.NDArray[np.float32] | None]:
     import torch  # only here: listing and checking data must not wait for torch
 
     from bench.au import action_unit_maps, expression_ids
@@ -101,7 +110,7 @@ def _au_maps(samples: Sequence[_Sample], class_name: str, *, size: int) -> list[
 
 
 def _views(
-    sample: _Sample, au_map: npt.NDArray[np.float32] | None, *, cell: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
+    sample: StoredSample, au_map: npt.NDArray[np.float32] | None, *, cell: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
 ) -> tuple[Image.Image, Image.Image, Image.Image]:
     face = sample.image.resize((cell, cell), Image.Resampling.LANCZOS)
     marked = face.copy()

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from bench.dataset import Item
 
@@ -64,6 +65,25 @@ def stratified_cut(items: Sequence[Item], *, fraction: float, salt: str) -> tupl
     train = [item for item in items if _group(item) not in chosen]
     val = [item for item in items if _group(item) in chosen]
     return train, val
+
+
+def cut_val(train: Sequence[Item], *, fraction: float, salt: str) -> tuple[list[Item], list[Item], dict[str, Any]]:
+    """Cut val off train with `stratified_cut`, and say so.
+
+    Returns:
+        (train, val, what the index records about the cut).
+
+    Raises:
+        ValueError: see `stratified_cut`.
+    """
+    kept, val = stratified_cut(train, fraction=fraction, salt=salt)
+    facts = {"sources_sha256": hash_sources(val), "cut_from_train": True, "rule": CUT_RULE, "fraction": fraction, "salt": salt}
+    return kept, val, facts
+
+
+def mixed(items: Iterable[Item]) -> list[Item]:
+    """Items in the order of the sha256 of their source: classes are mixed, as readers that stream shards shuffle among neighbours only."""
+    return sorted(items, key=lambda item: hashlib.sha256(item.source.encode()).digest())
 
 
 def hash_sources(items: Iterable[Item]) -> str:

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import hashlib
 import itertools
 import random
 import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlparse
@@ -46,6 +44,7 @@ class StreamReader:
         self.classes = samples.classes
         self.keys = samples.keys
         self.labels = samples.labels
+        self.people = samples.people
         self._samples = samples
         self._workers = workers
         self._local = base_url is None
@@ -208,8 +207,8 @@ class _Source:
             if len(data) != sizes[suffix]:
                 raise damaged(f"its {suffix} member has {len(data)} bytes where the index says {sizes[suffix]}")
             stored[suffix] = data
-        if self._hashes and member.crc32 is not None and functools.reduce(_crc32, map(stored.__getitem__, sizes), 0) != member.crc32:
-            raise damaged("its content is not that of the index (crc32 differs)")
+        if self._hashes:
+            self.samples.check_crc(facts, member, [stored[name] for name in sizes])
         return _Encoded(self.samples.starts[shard] + number, stored["jpg"], stored["cls"], stored["json"])
 
 
@@ -275,10 +274,6 @@ class _Hashed:
         while self.read(1 << 20):
             pass
         return self._digest.hexdigest()
-
-
-def _crc32(so_far: int, data: bytes) -> int:
-    return zlib.crc32(data, so_far)
 
 
 def _lengths(ranges: list[list[plan.Piece]]) -> list[int]:

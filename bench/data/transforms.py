@@ -1,6 +1,6 @@
 """From stored pictures to the network's input, on the device that holds the batch.
 
-Training follows the published recipe (METHODS.md 1.6: the recipe of APViT, arXiv 2212.05463, as used by "Guided Interpretable
+Training follows the published recipe (the recipe of APViT, arXiv 2212.05463, as used by "Guided Interpretable
 Facial Expression Recognition via Spatial Action Unit Cues", FG 2024): rotation, square crop, flip, grey, colour jitter,
 erasing, normalisation. Rotation, crop and flip are composed into *one* affine warp, so that the picture is resampled once,
 and the AU map goes through the same warp. Every random number is a function of (seed, epoch, sample key).

@@ -20,20 +20,27 @@ from bench.evaluation.rows import Rows
 from bench.method import Classifier, Method
 from bench.training.alignment import layer_attention
 from bench.training.engine import Engine
+from bench.training.interruption import EverywhereError
 from bench.training.observer import Observer
 
 
-class CountError(RuntimeError):
-    """A pass that did not see every sample exactly once."""
+class CountError(EverywhereError):
+    """A pass that did not see every sample exactly once: counted over all processes, so all of them raise it."""
 
 
 def accuracy(classifier: Classifier, reader: Reader, *, size: int, batch_size: int, engine: Engine) -> float:
-    """Accuracy over a whole split, exactly counted over all processes. Leaves the mode of the classifier as it was."""
+    """Accuracy over a whole split, exactly counted over all processes. Leaves the mode of the classifier as it was.
+
+    Raises:
+        StoppedError: between two batches, if this run was asked to stop.
+        EverywhereError: with several processes, what went wrong on one of them.
+    """
     training = classifier.training
     classifier.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=engine.device)
-    with torch.inference_mode():
+    with engine.together(), torch.inference_mode():
         for raw in reader.eval_batches(rank=engine.rank, world_size=engine.world_size, batch_size=batch_size):
+            engine.stop.check()
             images = eval_images(raw.images.to(engine.device), size=size, mean=classifier.backbone.mean, std=classifier.backbone.std)
             logits = classifier(images).logits
             check_finite(logits, label="selection of the checkpoint")
@@ -78,6 +85,8 @@ def evaluate(
 
     Raises:
         CountError: a sample was missed or counted twice.
+        StoppedError: between two batches, if this run was asked to stop.
+        EverywhereError: with several processes, what went wrong on one of them.
     """
     assert not classifier.training
     expressions = expression_ids(reader.classes).to(engine.device)
@@ -85,8 +94,9 @@ def evaluate(
     parts: list[dict[str, np.ndarray[Any, Any]]] = []
     if engine.is_main:
         observer.begin(label, steps=len(reader.keys), done=0)
-    with contextlib.nullcontext() if graph else torch.inference_mode():
+    with engine.together(), contextlib.nullcontext() if graph else torch.inference_mode():
         for raw in reader.eval_batches(rank=engine.rank, world_size=engine.world_size, batch_size=batch_size):
+            engine.stop.check()
             stored = raw.images.shape[-1]
             batch = raw.to(engine.device)
             images = eval_images(batch.images, size=size, mean=classifier.backbone.mean, std=classifier.backbone.std)
@@ -122,6 +132,7 @@ def evaluate(
         name: Rows(
             keys=keys,
             labels=table["label"],
+            people=reader.people.numpy()[table["position"]],
             logits=table["logits"],
             au_valid=table["au_valid"],
             attention_cosines=layers,

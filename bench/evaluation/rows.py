@@ -24,6 +24,8 @@ class Rows:
 
     keys: Sequence[str]
     labels: Ints
+    people: Ints
+    """Number of the person shown, -1 = unknown."""
     logits: Floats
     """(N, K)."""
     au_valid: npt.NDArray[np.bool_]
@@ -45,6 +47,7 @@ def write_rows(path: Path, rows: Rows) -> None:
     columns: dict[str, Any] = {
         "key": list(rows.keys),
         "label": rows.labels,
+        "person": rows.people,
         "predicted": rows.predicted,
         "logits": pa.FixedSizeListArray.from_arrays(pa.array(rows.logits.reshape(-1)), rows.logits.shape[1]),
         "au_valid": rows.au_valid,
@@ -69,6 +72,8 @@ def read_rows(path: Path) -> Rows:
         return Rows(
             keys=table["key"].to_pylist(),
             labels=table["label"].to_numpy(),
+            # Rows written before people were known by number have no such column.
+            people=table["person"].to_numpy() if "person" in table.column_names else np.full(len(table), -1),
             logits=logits.flatten().to_numpy().reshape(len(logits), -1),
             au_valid=table["au_valid"].to_numpy(),
             attention_cosines={int(c.removeprefix(prefix)): table[c].to_numpy() for c in table.column_names if c.startswith(prefix)},
@@ -77,3 +82,20 @@ def read_rows(path: Path) -> Rows:
         )
     except (pa.ArrowException, KeyError) as error:
         raise ValueError(f"{path} is not a file of rows: {error}") from error
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> Mapping[str, npt.NDArray[Any]]:
+    """Some columns of a file of rows: tables are made from many files, of which they need little.
+
+    Raises:
+        ValueError: the file is damaged, or a column is missing (``person`` is -1 throughout in rows written before it was known).
+    """
+    try:
+        names = pq.read_schema(path).names
+        table = pq.read_table(path, columns=[name for name in columns if name in names], use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a file of rows: {error}") from error
+    lacking = [name for name in columns if name not in names and name != "person"]
+    if lacking:
+        raise ValueError(f"{path} has no column {lacking[0]!r}; it has {', '.join(names)}")
+    return {name: table[name].to_numpy() if name in names else np.full(len(table), -1) for name in columns}

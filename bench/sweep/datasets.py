@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.config import ConfigError, Settings
 from bench.data.index import INDEX_NAME, Index, load_index
-from bench.data.pack import Progress, prepare, prepared_folder
+from bench.data.pack import BusyError, Progress, prepare, prepared_folder
 from bench.dataset import DATASETS
 from bench.matrix import DatasetRef, parse_options
 from bench.registry import did_you_mean
+from bench.training.interruption import StopRequest
 from bench.training.observer import Observer
+
+BUSY_SECONDS = 1.0
+"""Between attempts at a dataset that another run is preparing."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +34,8 @@ class Source:
     options: Mapping[str, Any]
     raw: Path | None
     folder: Path
+    allow_partial: bool = False
+    landmark_weights: Path | None = None
     index: Index | None
     """None = still to be prepared."""
 
@@ -58,6 +68,8 @@ def resolve_dataset(settings: Settings, name: str) -> Source:
     section = dict(config.datasets.get(name, {}))
     entry = section.pop("entry", name)
     raw = section.pop("raw", None)
+    allow_partial = section.pop("allow_partial", False)
+    weights = section.pop("landmark_weights", None)
     where = f"[datasets.{name}]"
     if name not in config.datasets and name not in DATASETS:
         if (root / name / INDEX_NAME).is_file():
@@ -90,7 +102,16 @@ def resolve_dataset(settings: Settings, name: str) -> Source:
             f"dataset {name!r} is not prepared: {folder} has no {INDEX_NAME}. Type: bench data prepare {name} --raw DIR --out {folder}"
             + (f" --entry {entry}" if entry != name else "")
         )
-    return Source(name=name, entry=entry, options=options, raw=Path(raw) if raw else None, folder=folder, index=None)
+    return Source(
+        name=name,
+        entry=entry,
+        options=options,
+        raw=Path(raw) if raw else None,
+        folder=folder,
+        allow_partial=bool(allow_partial),
+        landmark_weights=Path(weights) if weights else None,
+        index=None,
+    )
 
 
 def _prepared(folder: Path, name: str) -> Source:
@@ -112,14 +133,20 @@ def check_splits(source: Source, *, needed: tuple[str, ...]) -> None:
             )
 
 
-def prepare_missing(sources: Iterable[Source], *, observer: Observer, plugins: Sequence[str]) -> None:
-    """Prepare the datasets that still have to be. Called on one process."""
+def prepare_missing(sources: Iterable[Source], *, observer: Observer, plugins: Sequence[str], stop: StopRequest | None = None) -> None:
+    """Prepare the datasets that still have to be. Called on one process.
+
+    Where another run is preparing the same one, wait for it, and take over if it ends without having finished.
+
+    Raises:
+        StoppedError: ``stop`` asked for it; finished shards are kept.
+    """
     for source in sources:
         if source.index is None:
-            _prepare(source, observer=observer, plugins=plugins)
+            _prepare(source, observer=observer, plugins=plugins, stop=stop or StopRequest())
 
 
-def _prepare(source: Source, *, observer: Observer, plugins: Sequence[str]) -> None:
+def _prepare(source: Source, *, observer: Observer, plugins: Sequence[str], stop: StopRequest) -> None:
     label = f"prepare {source.name}"
     observer.begin(label, steps=sum(source.reference().samples.values()), done=0)
     seen = 0
@@ -128,15 +155,32 @@ def _prepare(source: Source, *, observer: Observer, plugins: Sequence[str]) -> N
         nonlocal seen
         observer.advance(label, steps=progress.done - seen, note=f"{progress.bad} bad" if progress.bad else "")
         seen = progress.done
+        stop.check()
 
-    prepare(
-        source.entry,
-        name=source.name,
-        options=source.options,
-        raw=source.raw,
-        out=source.folder,
-        workers=min(4, len(os.sched_getaffinity(0))),
-        plugins=plugins,
-        on_progress=report,
-    )
+    waiting = False
+    while True:
+        stop.check()
+        try:
+            prepare(
+                source.entry,
+                name=source.name,
+                options=source.options,
+                raw=source.raw,
+                out=source.folder,
+                workers=min(4, len(os.sched_getaffinity(0))),
+                allow_partial=source.allow_partial,
+                landmark_weights=source.landmark_weights,
+                plugins=plugins,
+                on_progress=report,
+            )
+        except BusyError as error:
+            if not waiting:
+                _log.info("waiting: %s", str(error).partition(". ")[0])
+            waiting = True
+            time.sleep(BUSY_SECONDS)
+        except RuntimeError:
+            stop.check()  # a signal to the whole process group ends the workers too
+            raise
+        else:
+            break
     observer.end(label)

@@ -11,7 +11,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from bench.cli.data import app, find_prepared, parse_options
+from bench.data import landmark_check
 from bench.data.index import load_index
+from bench.data.landmarks import Landmarker
+from bench.data.sheet import read_sample
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +187,77 @@ def test_preparing_needs_no_torch(raw, tmp_path):
         "assert verify(Path(sys.argv[2])) == []\nassert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-P", "-c", code, str(raw), str(tmp_path / "out")], check=True)
+
+
+def test_landmarks_of_prepare_are_the_option_of_that_name(raw, tmp_path):
+    run("prepare", "mine", "--raw", raw, "--root", tmp_path, "-o", "size=40", "--landmarks", "none")
+    index = load_index(tmp_path / "mine")
+    assert index.options["landmarks"] == "none"
+    assert index.provenance["samples_without_landmarks"] == {"train": 6, "val": 6, "test": 6}
+
+
+def test_landmarks_given_twice_are_refused(raw, tmp_path):
+    error = run("prepare", "m", "--raw", raw, "--root", tmp_path, "-o", "landmarks=none", "--landmarks", "dlib", status=1).exception
+    assert "--landmarks dlib and --option landmarks=none say the same" in str(error)
+
+
+def test_a_mistyped_source_of_landmarks_is_refused(raw, tmp_path):
+    error = run("prepare", "m", "--raw", raw, "--root", tmp_path, "--landmarks", "dilb", status=1).exception
+    assert "face-alignment" in str(error)
+    assert "dlib" in str(error)
+
+
+def test_landmark_weights_reach_the_packer(raw, tmp_path):
+    error = run("prepare", "m", "--raw", raw, "--root", tmp_path, "--landmark-weights", tmp_path / "w", status=1).exception
+    assert f"--landmark-weights {tmp_path / 'w'}: landmarks=shipped needs no weights" in str(error)
+
+
+class Shifted(Landmarker):
+    """Finds the stored points moved by a tenth of their unit; no face in the first picture it sees."""
+
+    def __init__(self, stored):
+        self.stored = stored
+
+    def find(self, images, boxes):
+        moved = [points + np.array([0.1 * np.linalg.norm(points[36] - points[45]), 0.0]) for points in self.stored]
+        return [None, *moved[1:]]
+
+
+@pytest.fixture
+def shifted(root, monkeypatch):
+    """Stands for dlib on the test split; the prepared dataset."""
+    index = load_index(root / "mine")
+    chosen = landmark_check.draw_sample(index, split="test", count=200)
+    stored = [read_sample(root / "mine", shard, member).landmarks for _, shard, member in chosen]
+    monkeypatch.setattr(landmark_check, "describe_source", lambda name, *, weights: {"name": name})
+    monkeypatch.setattr(landmark_check, "open_landmarker", lambda name, *, weights: Shifted(stored))
+    return root
+
+
+def test_landmarks_prints_the_agreement_and_the_worst_and_writes_nothing(shifted):
+    before = sorted(shifted.rglob("*"))
+    output = run("landmarks", "mine", "--root", shifted, "--against", "dlib").output
+    cells = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in output.splitlines() if line.startswith("│")]
+    rows = dict(row for row in cells if len(row) == 2)
+    assert rows["pictures"] == "6"
+    assert rows["none by stored"] == "0 (0.00 %)"
+    assert rows["none by dlib"] == "1 (16.67 %)"
+    assert rows["normalised mean error, median"] == rows["jaw"] == rows["mouth"] == "10.00 %"
+    assert output.count("10.00 %  test: test/") == 5
+    assert sorted(shifted.rglob("*")) == before
+
+
+def test_landmarks_draws_a_sheet_on_request(shifted, tmp_path):
+    run("landmarks", "mine", "--root", shifted, "--against", "dlib", "--sheet", tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 1000
+
+
+def test_landmarks_checks_the_folder_of_the_sheet_first(root):
+    error = run("landmarks", "mine", "--root", root, "--against", "dlib", "--sheet", root / "no/sheet.png", status=1).exception
+    assert f"there is no folder {root / 'no'}" in str(error)
+
+
+def test_landmarks_refuses_an_unknown_source(root):
+    error = run("landmarks", "mine", "--root", root, "--against", "dilb", status=1).exception
+    assert "Did you mean 'dlib'" in str(error)

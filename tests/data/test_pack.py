@@ -17,8 +17,10 @@ from PIL import Image
 
 from bench.data import pack
 from bench.data.index import load_index
-from bench.data.pack import Progress, dataset_options, prepare, prepared_folder
+from bench.data.pack import Progress, prepare, prepared_folder
 from bench.data.verify import verify
+from bench.dataset import DATASETS
+from bench.registry import check_options
 
 CLASSES = ("happiness", "anger")
 OPTIONS = {"size": 32, "val_fraction": 0.25}
@@ -428,14 +430,14 @@ def test_raw_and_out_must_differ_and_raw_must_exist(raw, tmp_path):
     ("options", "words"),
     [
         ({"val_fractoin": 0.1}, "no option 'val_fractoin'. Did you mean 'val_fraction'"),
-        ({"val_fraction": "2"}, "val_fraction='2': Input should be less than 1"),
-        ({"quality": 101}, "quality 1 to 100"),
+        ({"val_fraction": "2"}, "val_fraction = '2' of dataset 'folder': Input should be less than 1"),
+        ({"quality": 101}, "less than or equal to 100"),
         ({"identity_pattern": "abc"}, "has no group"),
     ],
 )
 def test_a_wrong_option_is_named_with_its_value(options, words):
     with pytest.raises(ValueError, match=words):
-        dataset_options("folder", options)
+        check_options(DATASETS, "folder", options)
 
 
 def test_option_sets_of_an_embedded_dataset_live_side_by_side(tmp_path):

@@ -24,6 +24,7 @@ def make_rows(labels, *, predicted=None, cosines=None, valid=None) -> Rows:
     return Rows(
         keys=[f"{i:08d}" for i in range(n)],
         labels=labels,
+        people=np.full(n, -1),
         logits=logits,
         au_valid=valid,
         attention_cosines={5: values},

@@ -7,9 +7,14 @@ import statistics
 
 import pytest
 
-from bench.reporting.leaderboard import build_tables
+from bench.reporting.evidence import Run
+from bench.reporting.leaderboard import build_tables as build_from_runs
 from bench.reporting.render import render
 from bench.sweep.record import CellName, CodeFacts, DataFacts, Record
+
+
+def build_tables(records):
+    return build_from_runs(Run(record=record) for record in records)
 
 
 def record(
@@ -26,6 +31,7 @@ def record(
     fingerprint="f" * 64,
     weight=9.0,
     lr=0.1,
+    provenance=None,
 ):
     settings = {"train": {"lr": lr}, "images": {"size": 64}, "protocol": protocol}
     if guidance == "au":
@@ -53,7 +59,7 @@ def record(
             samples=10,
             keys_sha256="s",
             bad_pictures=0,
-            provenance={},
+            provenance=provenance or {},
         ),
         attention_layer=5,
         metrics={"cl": {"accuracy": cl}, "cam_cos": {"true": summary}, "att_cos": {"5": {**summary, "macro": att}}},
@@ -144,3 +150,15 @@ def test_rows_come_in_the_published_order():
     names = ["tscam", "a-plugin", "wildcat", "cam"]
     (table,) = build_tables([record(method=name) for name in names])
     assert [row.method for row in table.rows] == ["cam", "wildcat", "tscam", "a-plugin"]
+
+
+def test_partial_data_is_said_in_every_format():
+    tables = build_tables(
+        [record(provenance={"partial": {"train": {"happiness": [40, 4772]}, "test": {"fear": [1, 74], "anger": [2, 162]}}})]
+    )
+    for fmt in ("md", "latex"):
+        text = render(tables, fmt)
+        assert "faces (partial data)" in text
+        assert "train 40 of 4772 (1 class), test 3 of 236 (2 classes)" in text
+    assert json.loads(render(tables, "json"))[0]["partial"] is True
+    assert {line["partial"] for line in csv.DictReader(io.StringIO(render(tables, "csv")))} == {"True"}
