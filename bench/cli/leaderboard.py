@@ -34,9 +34,9 @@ def leaderboard(
 ) -> None:
     """Print the leaderboard of a results folder: without and with AU guidance side by side, mean and deviation over seeds."""
     from bench.data.atomic import write_bytes_atomic
+    from bench.reporting.evidence import load_runs
     from bench.reporting.leaderboard import build_tables
     from bench.reporting.render import render
-    from bench.sweep.store import read_records
 
     settings = options.settings_from(context)
     root = settings.config.run.results
@@ -45,7 +45,7 @@ def leaderboard(
             raise ValueError("--out needs a file format: --format md, csv, json or latex")
         show_tables(root)
         return
-    tables = build_tables(record for _, record in read_records(_existing(root)))
+    tables = build_tables(load_runs(_existing(root)))
     text = render(tables, fmt)
     if out is None:
         typer.echo(text)
@@ -55,12 +55,12 @@ def leaderboard(
 
 def show_tables(root: Path) -> None:
     """Print all tables of a results folder to the terminal."""
+    from bench.reporting.evidence import load_runs
     from bench.reporting.leaderboard import build_tables
     from bench.reporting.render import rich_table
-    from bench.sweep.store import read_records
 
     console = table_console()
-    tables = build_tables(record for _, record in read_records(_existing(root)))
+    tables = build_tables(load_runs(_existing(root)))
     if not tables:
         console.print(f"no finished cells in {root} yet")
     for table in tables:

@@ -1,4 +1,4 @@
-"""From raw maps and layers to cosines with the AU map: the published pipeline (METHODS.md 1.7), batched."""
+"""From raw maps and layers to cosines with the AU map: the published pipeline, batched."""
 
 from __future__ import annotations
 

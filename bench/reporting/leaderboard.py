@@ -6,14 +6,15 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
+from bench.data.index import partial_words
+from bench.evaluation.statistics import LEVEL, Interval, smallest_gap, t_interval
 from bench.matrix import digest
 from bench.method import METHODS
+from bench.reporting.evidence import METRICS, Column, Judged, Metric, Run, judge
 from bench.sweep.record import Record
 
-Metric = Literal["cl", "cam_cos", "att_cos"]
-METRICS: tuple[Metric, ...] = ("cl", "cam_cos", "att_cos")
 TITLES: Mapping[Metric, str] = {"cl": "CL", "cam_cos": "CAM-COS", "att_cos": "ATT-COS"}
 GUIDANCE = ("none", "au")
 PUBLISHED_ORDER = ("cam", "wildcat", "gradcam", "gradcampp", "acol", "prm", "adl", "cutmix", "layercam", "tscam", "apvit")
@@ -26,6 +27,8 @@ class Stat:
     """One figure over seeds."""
 
     values: tuple[float, ...]
+    judged: Judged | None = None
+    """How certain it is and how it stands to the best of its column; None if the samples were not looked at."""
 
     @property
     def n(self) -> int:
@@ -41,6 +44,11 @@ class Stat:
     def sd(self) -> float | None:
         """Standard deviation over seeds with ddof = 1; None for a single one."""
         return statistics.stdev(self.values) if self.n > 1 else None
+
+    @property
+    def interval(self) -> Interval | None:
+        """For other seeds: t interval of the mean; None for a single one."""
+        return t_interval(self.values)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +80,18 @@ class Table:
     recipe: str
     """Hash of the run's training settings, the same for all rows (methods may bring values of their own along)."""
     test_samples: int
+    partial: bool
+    """Whether the dataset was prepared from fewer, or more, pictures than were published."""
+    resolution: str
+    """What the test split can and cannot tell apart, in a sentence; empty if the samples were not looked at."""
     notes: tuple[str, ...]
     rows: tuple[Row, ...]
 
     @property
     def title(self) -> str:
         """Heading of the table."""
-        return f"{self.dataset}, {', '.join(self.backbones)}, protocol {self.protocol}, variant {self.variant}"
+        data = f"{self.dataset} (partial data)" if self.partial else self.dataset
+        return f"{data}, {', '.join(self.backbones)}, protocol {self.protocol}, variant {self.variant}"
 
     @property
     def backbones(self) -> tuple[str, ...]:
@@ -86,15 +99,15 @@ class Table:
         return tuple(dict.fromkeys(row.backbone for row in self.rows))
 
 
-def build_tables(records: Iterable[Record]) -> tuple[Table, ...]:
-    """Group records into tables of comparable rows and average over seeds.
+def build_tables(runs: Iterable[Run]) -> tuple[Table, ...]:
+    """Group runs into tables of comparable rows, average over seeds, and judge the rows where all runs of a table have their samples.
 
     Raises:
         ValueError: two records claim the same cell and seed.
     """
-    groups: dict[tuple[str, ...], list[Record]] = {}
-    for record in records:
-        groups.setdefault(_comparable(record), []).append(record)
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_comparable(run.record), []).append(run)
     return tuple(_table(key, group) for key, group in sorted(groups.items()))
 
 
@@ -107,17 +120,32 @@ def _comparable(record: Record) -> tuple[str, ...]:
     return (record.cell.dataset, record.data.fingerprint, record.protocol, record.variant, recipe)
 
 
-def _table(key: tuple[str, ...], records: list[Record]) -> Table:
+def _table(key: tuple[str, ...], runs: list[Run]) -> Table:
     dataset, fingerprint, protocol, variant, recipe = key
-    groups: dict[tuple[str, str, str], list[Record]] = {}
-    for record in records:
+    groups: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        record = run.record
         options = digest([record.method_options, record.training_options, record.backbone_options])
-        groups.setdefault((record.cell.method, record.cell.backbone, options), []).append(record)
-    rows = [
-        row
+        groups.setdefault((record.cell.method, record.cell.backbone, options), []).append(run)
+    drafts = [
+        draft
         for (method, backbone, _), group in sorted(groups.items(), key=lambda item: (table_order(item[0][0]), item[0]))
-        for row in _rows(method, backbone, group)
+        for draft in _drafts(method, backbone, group)
     ]
+    judged, resolution = _judge(drafts)
+    rows = [
+        Row(
+            method=draft.method,
+            backbone=draft.backbone,
+            title=draft.title,
+            stats={
+                (metric, guidance): Stat(values=_values(group, metric), judged=judged.get((number, (metric, guidance))))
+                for (metric, guidance), group in draft.runs.items()
+            },
+        )
+        for number, draft in enumerate(drafts)
+    ]
+    records = [run.record for run in runs]
     return Table(
         dataset=dataset,
         fingerprint=fingerprint,
@@ -125,9 +153,33 @@ def _table(key: tuple[str, ...], records: list[Record]) -> Table:
         variant=variant,
         recipe=recipe,
         test_samples=records[0].data.samples,
+        partial=bool(records[0].data.provenance.get("partial")),
+        resolution=resolution,
         notes=_notes(records),
         rows=tuple(rows),
     )
+
+
+def _judge(drafts: list[_Draft]) -> tuple[Mapping[tuple[int, Column], Judged], str]:
+    """Judgements of (row, column), and the sentence about what the split can resolve."""
+    columns: dict[Column, dict[int, list[Run]]] = {}
+    for number, draft in enumerate(drafts):
+        for column, runs in draft.runs.items():
+            columns.setdefault(column, {})[number] = runs
+    if any(run.samples is None for draft in drafts for runs in draft.runs.values() for run in runs):
+        return {}, ""
+    found = judge(columns)
+    samples = next(run.record.data.samples for draft in drafts for runs in draft.runs.values() for run in runs)
+    words = f"{LEVEL:.0%} intervals of one run for other samples: CL ± {100 * found.wilson_half_width:.1f} points (Wilson)"
+    if found.discordant is not None:
+        gap = smallest_gap(samples, found.discordant)
+        words += (
+            f"; rows differ in {100 * found.discordant:.0f} % of the samples, so that no gap in CL below {100 * gap:.1f} points can be one "
+            f"(exact McNemar, uncorrected); {found.comparisons} comparisons, corrected by Holm"
+        )
+    if found.clusters < samples:
+        words += f"; the bootstrap draws {found.clusters} people, not {samples} pictures"
+    return found.cells, words
 
 
 def table_order(method: str) -> tuple[int, str]:
@@ -135,25 +187,35 @@ def table_order(method: str) -> tuple[int, str]:
     return (PUBLISHED_ORDER.index(method) if method in PUBLISHED_ORDER else len(PUBLISHED_ORDER), method)
 
 
-def _rows(method: str, backbone: str, records: list[Record]) -> list[Row]:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Draft:
+    """A row before its figures are averaged and judged."""
+
+    method: str
+    backbone: str
+    title: str
+    runs: Mapping[Column, list[Run]]
+
+
+def _drafts(method: str, backbone: str, runs: list[Run]) -> list[_Draft]:
     """One row a guidance setting (weight, layers); runs without guidance stand beside each of them."""
-    plain = [r for r in records if r.cell.guidance == "none"]
-    guided: dict[str, list[Record]] = {}
-    for record in records:
-        if record.cell.guidance == "au":
-            guided.setdefault(digest(record.settings["guidance"]), []).append(record)
+    plain = [run for run in runs if run.record.cell.guidance == "none"]
+    guided: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.record.cell.guidance == "au":
+            guided.setdefault(digest(run.record.settings["guidance"]), []).append(run)
     title = METHODS.get(method).info.title if method in METHODS else method
-    rows = []
+    drafts = []
     for group in guided.values() or [[]]:
-        suffix = f" ({_guidance_words(group[0])})" if len(guided) > 1 else ""
-        stats: dict[tuple[Metric, str], Stat] = {}
-        for guidance, runs in (("none", plain), ("au", group)):
+        suffix = f" ({_guidance_words(group[0].record)})" if len(guided) > 1 else ""
+        columns: dict[Column, list[Run]] = {}
+        for guidance, members in (("none", plain), ("au", group)):
             for metric in METRICS:
-                values = _values(runs, metric)
-                if values:
-                    stats[metric, guidance] = Stat(values=values)
-        rows.append(Row(method=method, backbone=backbone, title=title + suffix, stats=stats))
-    return rows
+                usable = [run for run in members if _is_finite(run.record, metric)]
+                if usable:
+                    columns[metric, guidance] = usable
+        drafts.append(_Draft(method=method, backbone=backbone, title=title + suffix, runs=columns))
+    return drafts
 
 
 def _guidance_words(record: Record) -> str:
@@ -161,12 +223,18 @@ def _guidance_words(record: Record) -> str:
     return f"weight {setting['weight']:g}, layers {'+'.join(map(str, setting['layers']))}, {setting['au_maps']} AU maps"
 
 
-def _values(records: list[Record], metric: Metric) -> tuple[float, ...]:
-    seeds = [record.cell.seed for record in records]
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"two records of {records[0].cell.dataset}/{records[0].cell.method}/{records[0].cell.guidance} have the same seed")
-    values = (figure(record.metrics, metric, layer=record.attention_layer) for record in sorted(records, key=lambda r: r.cell.seed))
-    return tuple(value for value in values if value is not None and math.isfinite(value))
+def _values(runs: list[Run], metric: Metric) -> tuple[float, ...]:
+    records = sorted((run.record for run in runs), key=lambda record: record.cell.seed)
+    if len({record.cell.seed for record in records}) < len(records):
+        cell = records[0].cell
+        raise ValueError(f"two records of {cell.dataset}/{cell.method}/{cell.guidance} have the same seed")
+    values = (figure(record.metrics, metric, layer=record.attention_layer) for record in records)
+    return tuple(value for value in values if value is not None)
+
+
+def _is_finite(record: Record, metric: Metric) -> bool:
+    value = figure(record.metrics, metric, layer=record.attention_layer)
+    return value is not None and math.isfinite(value)
 
 
 def figure(metrics: Mapping[str, Any], metric: Metric, *, layer: int) -> float | None:
@@ -192,6 +260,9 @@ def _notes(records: list[Record]) -> tuple[str, ...]:
             notes.append(f"no AU map for any test sample of {', '.join(summary['missing_classes'])}: left out of the macro means")
         if summary["without_map"]:
             notes.append(f"{summary['without_map']} test samples of an expression have no AU map: counted in CL only")
+    partial = partial_words(records[0].data.provenance)
+    if partial:
+        notes.append(f"partial data, not the published pictures: {partial}; not comparable with other tables of this dataset")
     bad = max(record.data.bad_pictures for record in records)
     if bad:
         notes.append(f"{bad} pictures were left out when the dataset was prepared (bench data stats lists them)")

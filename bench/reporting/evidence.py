@@ -1,0 +1,221 @@
+"""The samples behind the rows of a table: how certain a figure is, and which rows cannot be told apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.evaluation.rows import read_columns
+from bench.evaluation.statistics import (
+    LEVEL,
+    Bootstrap,
+    Interval,
+    bootstrap_p,
+    holm,
+    mcnemar,
+    percentile_interval,
+    seeds_p,
+    wilson_interval,
+)
+from bench.sweep.record import Record
+from bench.sweep.store import ROWS, read_records
+
+Metric = Literal["cl", "cam_cos", "att_cos"]
+Standing = Literal["best", "tied", "behind", "alone"]
+METRICS: tuple[Metric, ...] = ("cl", "cam_cos", "att_cos")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """What one cell gave on every sample of its test split, N of them, in the split's order."""
+
+    labels: npt.NDArray[np.int64]
+    people: npt.NDArray[np.int64]
+    """-1 = unknown."""
+    counted: npt.NDArray[np.bool_]
+    """Whether the sample counts in the cosines: it is an expression, and its face gave an AU map."""
+    values: Mapping[Metric, npt.NDArray[np.float32]]
+    """Metric -> (N,): 1 or 0 for CL, cosines else, NaN where they do not count."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A record, and its samples where they are to be looked at."""
+
+    record: Record
+    samples: Samples | None = None
+
+
+def load_runs(root: Path) -> Iterator[Run]:
+    """All finished records below a folder with their samples.
+
+    Raises:
+        ValueError: a record or its rows cannot be read; the message names the file.
+    """
+    for folder, record in read_records(root):
+        yield Run(record=record, samples=load_samples(folder / ROWS, record))
+
+
+def load_samples(path: Path, record: Record) -> Samples:
+    """The per-sample figures of a record.
+
+    Raises:
+        ValueError: the file is damaged, or not that of this record.
+    """
+    attention = f"attention_cosine_{record.attention_layer}"
+    table = read_columns(path, ("label", "predicted", "person", "au_valid", "map_cosine_true", attention))
+    labels = table["label"]
+    if len(labels) != record.data.samples:
+        raise ValueError(f"{path} has {len(labels)} rows, its record {record.data.samples} samples. Check it: bench verify {path.parent}")
+    expressions = record.metrics["cam_cos"]["true"]["per_class"]
+    expressive = np.array([name in expressions for name in record.data.classes])
+    return Samples(
+        labels=labels,
+        people=table["person"],
+        counted=table["au_valid"] & expressive[labels],
+        values={"cl": (table["predicted"] == labels).astype(np.float32), "cam_cos": table["map_cosine_true"], "att_cos": table[attention]},
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """One column's judgement of one row."""
+
+    intervals: tuple[Interval, ...]
+    """Of each seed, for other samples: Wilson for CL, bootstrap for cosines."""
+    standing: Standing
+    """``tied``: cannot be told apart from the best; ``alone``: there is nothing to compare with."""
+    p_best: float
+    """Of being equal to the best, corrected for all comparisons of the table; 1 for the best itself."""
+
+
+Column = tuple[Metric, str]
+"""(metric, guidance)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """What the samples say about a table."""
+
+    cells: Mapping[tuple[int, Column], Judged]
+    """(row, column) -> judgement."""
+    wilson_half_width: float
+    """Of the best CL of the table."""
+    discordant: float | None
+    """Median share of samples on which two rows differ in being right; None for a single row."""
+    clusters: int
+    """Independent units of the test split: people where known, else pictures."""
+    comparisons: int
+
+
+def judge(columns: Mapping[Column, Mapping[int, Sequence[Run]]]) -> Judgement:
+    """Compare all rows of every column with each other.
+
+    Two rows differ in a column if their difference stands against *sampling* (exact McNemar for CL with one seed, else a bootstrap over
+    people of the mean over seeds) and, with two seeds or more in common, against *training* (paired t over seeds): the larger p counts.
+    Holm's correction is over all comparisons of the table.
+
+    Args:
+        columns: column -> row -> its runs, one a seed. Every run has samples, all of one test split.
+    """
+    first = next(run for rows in columns.values() for runs in rows.values() for run in runs)
+    assert first.samples is not None
+    people = first.samples.people
+    boot = Bootstrap([None if person < 0 else str(person) for person in people.tolist()])
+    drafts = {column: _Column(column[0], rows, boot) for column, rows in columns.items()}
+    pairs = [(column, pair, p) for column, draft in drafts.items() for pair, p in draft.p_values.items()]
+    adjusted = {(column, pair): p for (column, pair, _), p in zip(pairs, holm([p for _, _, p in pairs]), strict=True)}
+    cells: dict[tuple[int, Column], Judged] = {}
+    for column, draft in drafts.items():
+        best = max(draft.means, key=lambda row: draft.means[row])
+        for row in draft.means:
+            p = 1.0 if row == best else adjusted[column, (min(row, best), max(row, best))]
+            standing: Standing = "best" if row == best else "behind" if p < 1 - LEVEL else "tied"
+            standing = standing if len(draft.means) > 1 else "alone"
+            cells[row, column] = Judged(intervals=draft.intervals[row], standing=standing, p_best=p)
+    accuracy = max((mean for (metric, _), draft in drafts.items() if metric == "cl" for mean in draft.means.values()), default=0.0)
+    low, high = wilson_interval(round(accuracy * len(people)), len(people))
+    shares = [share for draft in drafts.values() for share in draft.discordant]
+    return Judgement(
+        cells=cells,
+        wilson_half_width=(high - low) / 2,
+        discordant=float(np.median(shares)) if shares else None,
+        clusters=boot.clusters,
+        comparisons=len(pairs),
+    )
+
+
+class _Column:
+    """One metric of all rows: means, intervals, and p values of all pairs."""
+
+    def __init__(self, metric: Metric, rows: Mapping[int, Sequence[Run]], boot: Bootstrap) -> None:
+        runs = [(row, run) for row, group in rows.items() for run in group]
+        first = runs[0][1].samples
+        assert first is not None
+        plain = metric == "cl"
+        labels = np.zeros_like(first.labels) if plain else first.labels
+        counted = np.ones(len(labels), dtype=bool) if plain else first.counted
+        values = np.stack([_values(run, metric) for _, run in runs])
+        self._replicates = boot.macro_means(values, labels, counted=counted).astype(np.float32)
+        observed = _macro(values, labels, counted)
+        self._of: dict[int, dict[int, int]] = {row: {} for row in rows}
+        for number, (row, run) in enumerate(runs):
+            self._of[row][run.record.cell.seed] = number
+        self.means = {row: float(np.mean([observed[i] for i in seeds.values()])) for row, seeds in self._of.items()}
+        self.intervals = {
+            row: tuple(
+                wilson_interval(int(values[i].sum()), len(labels)) if plain else percentile_interval(self._replicates[i])
+                for i in seeds.values()
+            )
+            for row, seeds in self._of.items()
+        }
+        pairs = list(itertools.combinations(sorted(rows), 2))
+        self.p_values: dict[tuple[int, int], float] = dict.fromkeys(pairs, 1.0)
+        self.discordant: list[float] = []
+        if not pairs:
+            return
+        # Pairs that share the same number of seeds are judged together: as arrays, there may be thousands.
+        by_seeds: dict[int, list[tuple[tuple[int, int], list[int], list[int]]]] = {}
+        for pair in pairs:
+            one, other = (self._of[row] for row in pair)
+            common = sorted(one.keys() & other.keys())
+            mine, theirs = ([seeds[s] for s in common] if common else list(seeds.values()) for seeds in (one, other))
+            by_seeds.setdefault(len(common), []).append((pair, mine, theirs))
+        hits = values.astype(bool) if plain else None
+        for count, group in by_seeds.items():
+            found = self._sampling(group, observed, clusters=boot.clusters)
+            if hits is not None:
+                ones, others = (np.array([entry[side][0] for entry in group]) for side in (1, 2))
+                only_one = (hits[ones] & ~hits[others]).sum(axis=1)
+                only_other = (hits[others] & ~hits[ones]).sum(axis=1)
+                self.discordant += ((only_one + only_other) / len(labels)).tolist()
+                if count == 1:
+                    found = mcnemar(only_one, only_other)
+            if count > 1:
+                differences = np.array([observed[mine] - observed[theirs] for _, mine, theirs in group])
+                found = np.maximum(found, seeds_p(differences))
+            self.p_values |= {entry[0]: float(p) for entry, p in zip(group, found, strict=True)}
+
+    def _sampling(
+        self, group: Sequence[tuple[tuple[int, int], list[int], list[int]]], observed: npt.NDArray[np.float64], *, clusters: int
+    ) -> npt.NDArray[np.float64]:
+        differences = np.array([observed[mine].mean() - observed[theirs].mean() for _, mine, theirs in group])
+        replicates = np.stack([self._replicates[mine].mean(axis=0) - self._replicates[theirs].mean(axis=0) for _, mine, theirs in group])
+        return bootstrap_p(differences, replicates.astype(np.float64), clusters=clusters)
+
+
+def _values(run: Run, metric: Metric) -> npt.NDArray[np.float32]:
+    assert run.samples is not None
+    return run.samples.values[metric]
+
+
+def _macro(values: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], counted: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """(M,) mean over classes of the class means of (M, N)."""
+    means = [values[:, counted & (labels == label)].mean(axis=1, dtype=np.float64) for label in np.unique(labels[counted])]
+    return np.asarray(np.mean(means, axis=0) if means else np.full(len(values), np.nan), dtype=np.float64)

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from statsmodels.stats import contingency_tables, multitest, proportion
+
+from bench.evaluation.statistics import (
+    Bootstrap,
+    bootstrap_p,
+    holm,
+    mcnemar,
+    percentile_interval,
+    rank_methods,
+    seeds_p,
+    smallest_gap,
+    t_interval,
+    wilson_interval,
+)
+
+figures = st.lists(st.integers(-1000, 1000).map(lambda i: i / 100), min_size=2, max_size=8)
+
+
+@given(figures)
+def test_the_t_interval_is_that_of_scipy(values):
+    found = t_interval(values)
+    if np.ptp(values) == 0:
+        assert found == pytest.approx((values[0], values[0]))
+    else:
+        expected = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
+        assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_one_value_has_no_t_interval():
+    assert t_interval([0.5]) is None
+
+
+@given(st.integers(1, 4000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_the_wilson_interval_is_that_of_statsmodels(case):
+    successes, n = case
+    assert wilson_interval(successes, n) == pytest.approx(proportion.proportion_confint(successes, n, method="wilson"), abs=1e-12)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(1, 0), (3, 2), (-1, 5)])
+def test_a_proportion_that_cannot_be_is_refused(successes, n):
+    with pytest.raises(ValueError, match="trials"):
+        wilson_interval(successes, n)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 300))
+def test_mcnemar_is_that_of_statsmodels(seed, n):
+    rng = np.random.default_rng(seed)
+    one, other = rng.random(n) < 0.7, rng.random(n) < 0.6
+    table = [[int((one & other).sum()), int((one & ~other).sum())], [int((~one & other).sum()), int((~one & ~other).sum())]]
+    assert mcnemar((one & ~other).sum(), (other & ~one).sum()) == pytest.approx(
+        contingency_tables.mcnemar(table, exact=True).pvalue, abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 60])
+def test_holm_is_that_of_statsmodels(count):
+    values = np.random.default_rng(count).random(count) ** 4
+    assert holm(values.tolist()) == pytest.approx(multitest.multipletests(values, method="holm")[1].tolist(), abs=1e-12)
+
+
+def test_the_smallest_gap_is_the_first_that_the_test_calls_one():
+    gap = smallest_gap(3068, 0.08)
+    pairs = round(3068 * 0.08)
+    surplus = round(gap * 3068)
+    assert stats.binomtest((pairs + surplus) // 2, pairs).pvalue < 0.05
+    assert stats.binomtest((pairs + surplus - 2) // 2, pairs).pvalue >= 0.05
+
+
+def test_a_split_of_three_samples_tells_nothing_apart():
+    assert smallest_gap(3, 1.0) == 1.0
+
+
+def test_the_bootstrap_of_a_plain_mean_has_the_standard_error_of_the_mean():
+    values = np.random.default_rng(0).normal(size=400)
+    boot = Bootstrap([None] * 400, replicates=4000)
+    replicates = boot.macro_means(values, np.zeros(400, np.int64), counted=np.ones(400, bool))[0]
+    assert np.std(replicates) == pytest.approx(stats.sem(values, ddof=0), rel=0.05)
+    scipy_interval = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=1).confidence_interval
+    assert percentile_interval(replicates) == pytest.approx(tuple(scipy_interval), abs=0.02)
+
+
+def test_pictures_of_one_person_are_drawn_together():
+    people = [f"p{i // 10}" for i in range(400)]
+    values = np.repeat(np.random.default_rng(0).normal(size=40), 10)  # ten equal pictures of each
+    boot = Bootstrap(people, replicates=4000)
+    replicates = boot.macro_means(values, np.zeros(400, np.int64), counted=np.ones(400, bool))[0]
+    assert boot.clusters == 40
+    assert np.std(replicates) == pytest.approx(stats.sem(values[::10], ddof=0), rel=0.05)
+
+
+def macro(values, labels, counted):
+    return np.mean([values[counted & (labels == label)].mean() for label in np.unique(labels[counted])])
+
+
+def test_replicates_are_what_the_metric_gives_on_the_drawn_samples():
+    rng = np.random.default_rng(3)
+    n = 60
+    values, labels, counted = rng.random(n), rng.integers(0, 3, n), rng.random(n) < 0.8
+    boot = Bootstrap([None] * n, replicates=20)
+    replicates = boot.macro_means(values, labels, counted=counted)[0]
+    for row, found in zip(boot._draws, replicates, strict=True):
+        drawn = np.repeat(np.arange(n), row.astype(int))
+        assert found == pytest.approx(macro(values[drawn], labels[drawn], counted[drawn]), abs=1e-6)
+
+
+def test_figures_on_one_split_share_their_draws():
+    rng = np.random.default_rng(4)
+    values, labels = rng.random((2, 50)), np.zeros(50, np.int64)
+    boot = Bootstrap([None] * 50)
+    both = boot.macro_means(values, labels, counted=np.ones(50, bool))
+    difference = boot.macro_means(values[0] - values[1], labels, counted=np.ones(50, bool))[0]
+    np.testing.assert_allclose(both[0] - both[1], difference, atol=1e-6)
+
+
+def test_a_class_that_a_replicate_lacks_is_left_out_of_its_mean():
+    values, labels = np.array([1.0, 5.0]), np.array([0, 1])
+    replicates = Bootstrap([None, None], replicates=200).macro_means(values, labels, counted=np.ones(2, bool))[0]
+    assert set(np.unique(replicates)) == {1.0, 3.0, 5.0}
+
+
+def test_values_that_do_not_count_may_be_nan():
+    counted = np.array([True, False, True])
+    replicates = Bootstrap([None] * 3, replicates=50).macro_means(np.array([1.0, np.nan, 1.0]), np.zeros(3, np.int64), counted=counted)
+    assert np.nanmax(np.abs(replicates - 1)) == 0
+
+
+def test_the_bootstrap_p_value_of_a_paired_difference_is_that_of_the_t_test():
+    rng = np.random.default_rng(5)
+    differences = rng.normal(0.1, 1, 300)
+    boot = Bootstrap([None] * 300, replicates=8000)
+    replicates = boot.macro_means(differences, np.zeros(300, np.int64), counted=np.ones(300, bool))[0]
+    (found,) = bootstrap_p([differences.mean()], replicates[None], clusters=300)
+    assert found == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, abs=0.02)
+
+
+def test_identical_figures_are_never_different():
+    assert bootstrap_p([0.0], np.zeros((1, 10)), clusters=10) == 1.0
+    assert seeds_p([[0.0, 0.0]]) == 1.0
+
+
+def test_seeds_are_compared_pair_by_pair():
+    one, other = [0.80, 0.82, 0.85], [0.79, 0.80, 0.84]
+    assert seeds_p([np.subtract(one, other)]) == pytest.approx(stats.ttest_rel(one, other).pvalue)
+
+
+def test_the_critical_difference_is_that_of_demsar():
+    # Demsar, JMLR 2006, Table 5: q_0.05 is 2.343 for two methods less 1.960, 2.569 for four, 3.164 for ten.
+    for methods, q in ((2, 1.960), (4, 2.569), (10, 3.164)):
+        figures = np.random.default_rng(0).random((12, methods))
+        expected = q * math.sqrt(methods * (methods + 1) / (6 * 12))
+        assert rank_methods(figures).critical_difference == pytest.approx(expected, rel=1e-3)
+
+
+def test_ties_share_their_rank_and_the_best_is_first():
+    assert rank_methods(np.array([[0.9, 0.8, 0.8], [0.9, 0.8, 0.8]])).ranks == (1.0, 2.5, 2.5)
+
+
+def test_a_ranking_with_a_gap_is_refused():
+    with pytest.raises(ValueError, match="every dataset"):
+        rank_methods(np.array([[0.9, np.nan]]))
+
+
+def test_equal_methods_are_told_apart_in_at_most_five_tables_of_a_hundred():
+    """1,000 tables of six equal methods on 300 samples: all pairs by McNemar, corrected by Holm."""
+    rng = np.random.default_rng(0)
+    false = 0
+    one, other = np.transpose(list(itertools.combinations(range(6), 2)))
+    for _ in range(1000):
+        difficulty = rng.beta(6, 2, 300)
+        right = rng.random((6, 300)) < difficulty
+        p_values = mcnemar((right[one] & ~right[other]).sum(axis=1), (right[other] & ~right[one]).sum(axis=1))
+        false += min(holm(p_values)) < 0.05
+    assert false <= 50 + 2 * math.sqrt(1000 * 0.05 * 0.95)
