@@ -44,7 +44,7 @@ class _WideB(InceptionB):
 class InceptionV3(Backbone):
     """Five layers, at 224 pixels 112 (64 channels), 57 (80), 29 (288), 29 (768) and 29 (1024); 26 M parameters.
 
-    All 3 x 3 convolutions and poolings have padding 1, Mixed_6a has stride 1, as in the published FER code (METHODS.md 1.2).
+    All 3 x 3 convolutions and poolings have padding 1, Mixed_6a has stride 1, as in the published FER code.
     Names and, with ``weights = "imagenet"``, weights are those of timm's ``inception_v3.tv_in1k``; the last two
     convolutions, SPG_A3_1b and SPG_A3_2b (dropout 0.5, 3 x 3 to 1024, ReLU), exist in no published file and start from
     random weights unless a file of your own has them.

@@ -17,7 +17,7 @@ NORMALIZATIONS: Mapping[str, tuple[tuple[float, float, float], tuple[float, floa
     "vggface2": (VGGFACE2_MEAN, VGGFACE2_STD),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-"""Mean and standard deviation, RGB, for pictures in [0, 1] (METHODS.md 1.6)."""
+"""Mean and standard deviation, RGB, for pictures in [0, 1]."""
 
 
 class TimmResNet(Backbone):
@@ -46,7 +46,7 @@ class TimmResNet(Backbone):
 
 
 def remove_last_strides(net: nn.Module) -> None:
-    """Give the first block of stages 3 and 4 stride 1, without dilation: 28 x 28 maps at 224 (METHODS.md 1.1).
+    """Give the first block of stages 3 and 4 stride 1, without dilation: 28 x 28 maps at 224.
 
     All weights keep their shapes. timm's ``output_stride=8`` is not this: it dilates.
     """

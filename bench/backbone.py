@@ -36,7 +36,7 @@ class Features:
     """What a backbone computes for a batch of B images."""
 
     layers: dict[int, Tensor]
-    """Layer l -> (B, C_l, h_l, w_l); 1 = stem after its activation, 2..5 = the stages (DESIGN.md, words)."""
+    """Layer l -> (B, C_l, h_l, w_l); 1 = stem after its activation, 2..5 = the stages."""
     extras: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """What only some methods read, by name (``attention`` of a transformer, for instance)."""
 

@@ -61,7 +61,7 @@ class RunConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """Optimisation. The defaults are the one published command (METHODS.md 1.5)."""
+    """Optimisation. The defaults are the one published command."""
 
     epochs: Positive = 20
     batch_size: Positive = 224
@@ -85,7 +85,24 @@ class TrainConfig(_Section):
     """Largest norm of the gradient; 0 = off."""
     balance: Literal["none", "class"] = "none"
     """``class``: samples are drawn so that every class is seen equally often."""
+    engine: Literal["ddp", "deepspeed"] = "ddp"
+    """What runs the processes of a training; ``deepspeed`` needs ``pip install 'bench[deepspeed]'``."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """DeepSpeed: 1 = each process keeps its part of the optimiser's state, 2 = of the gradients too."""
     precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast in training; evaluation and maps are always computed in float32."""
+    tf32: bool = False
+    """CUDA: TensorFloat-32 in the matrix products and convolutions of training; off, they are exact float32."""
+    channels_last: bool = False
+    """Weights and pictures of training in channels-last memory order, which tensor cores like."""
+    compile: bool = False
+    """``torch.compile`` of the training step; evaluation and maps run on the uncompiled network."""
+    sync_batchnorm: bool = False
+    """Batch statistics over all processes of a training; GPUs only."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay a step of an exponential moving average of the weights, which is then selected, evaluated and saved; 0 = off."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits each time; an operation without one is an error."""
     select_every: Positive = 1
     """Epochs between evaluations that may select the checkpoint."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0
@@ -99,6 +116,16 @@ class TrainConfig(_Section):
             raise ValueError(f"warmup_epochs = {self.warmup_epochs} leaves nothing of epochs = {self.epochs}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr = {self.min_lr} is above lr = {self.lr}")
+        if self.engine == "ddp" and self.zero_stage:
+            raise ValueError(f"zero_stage = {self.zero_stage} is DeepSpeed's; it needs engine = deepspeed")
+        if self.engine == "deepspeed":
+            if self.precision == "fp16":
+                raise ValueError("precision = fp16 does not go with engine = deepspeed; use precision = bf16 or no, or engine = ddp")
+            if self.clip_norm and self.accumulate > 1:  # not shown to agree with DDP: see docs/precision.md
+                raise ValueError("clip_norm with accumulate above 1 does not go with engine = deepspeed; use one of them, or engine = ddp")
+            for key in ("compile", "channels_last"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} = true does not go with engine = deepspeed; use engine = ddp")
         return self
 
 
@@ -106,7 +133,7 @@ class GuidanceConfig(_Section):
     """Training with action units: loss += weight * mean(1 - cosine(layer attention, AU map))."""
 
     weight: Annotated[float, Field(gt=0)] = 9.0
-    """Lambda; 9 is published for AffectNet, 4 fits the published RAF-DB figures (METHODS.md 1.4)."""
+    """Lambda; 9 is published for AffectNet, 4 fits the published RAF-DB figures."""
     layers: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Layers to align; empty = the backbone's own choice (the last stage of a CNN)."""
     au_maps: Literal["official", "symmetric"] = "symmetric"
@@ -116,7 +143,7 @@ class GuidanceConfig(_Section):
 
 
 class AugmentConfig(_Section):
-    """The published recipe (METHODS.md 1.6)."""
+    """The published recipe."""
 
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 6.0
     rotation_p: Fraction = 0.5
@@ -170,6 +197,77 @@ class LoaderConfig(_Section):
     """Check the sha256 of every shard at the first opening of a run."""
 
 
+class SlurmConfig(_Section):
+    """What ``--launcher slurm`` asks the cluster for, for each training. Nothing here can change a result."""
+
+    cluster: Literal["slurm", "local"] = "slurm"
+    """``local``: the same jobs on this machine without Slurm, to try things out."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    minutes: Positive = 240
+    """Time limit of a job. A longer training is requeued and goes on from its checkpoint."""
+    max_requeues: Annotated[int, Field(ge=0)] = 10
+    """How often a job that ran into its time limit is requeued. Preemptions do not count."""
+    signal_seconds: Annotated[int, Field(ge=30)] = 120
+    """So long before the end a job is told to save its state: longer than a step and a checkpoint take."""
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    """None = as many as processes; with ``--device cpu`` none."""
+    cpus_per_task: Positive | None = None
+    """A task is a process of the training; its loader's workers run on these."""
+    mem_gb: Annotated[float, Field(gt=0)] | None = None
+    """Of a node."""
+    parallel: Positive | None = None
+    """Most jobs at once; None = as many as Slurm lets run (``local``: one)."""
+    extra: dict[str, str | int | bool] = {}
+    """Other sbatch options: ``[slurm.extra]`` with ``reservation = "faces"`` becomes ``--reservation=faces``."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> SlurmConfig:
+        for name in self.extra:
+            flag = name.replace("_", "-")
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
+                raise ValueError(f"extra: {name!r} is not the long name of an sbatch option, like reservation")
+            if flag in SLURM_OWN:
+                raise ValueError(f"extra: {name!r} is set by {SLURM_OWN[flag]}")
+        if self.signal_seconds >= 60 * self.minutes:
+            raise ValueError(f"signal_seconds = {self.signal_seconds} leaves nothing of minutes = {self.minutes}")
+        return self
+
+
+SLURM_OWN = {
+    "nodes": "--nnodes",
+    "ntasks": "--nproc",
+    "ntasks-per-node": "--nproc",
+    "time": "slurm.minutes",
+    "signal": "slurm.signal_seconds",
+    "array": "slurm.parallel",
+    "mem": "slurm.mem_gb",
+    **{name: f"slurm.{name.replace('-', '_')}" for name in ("partition", "account", "qos", "constraint", "gpus-per-node", "cpus-per-task")},
+    **dict.fromkeys(("job-name", "output", "error", "open-mode", "requeue", "chdir"), "bench itself"),
+}
+"""sbatch options that are not `SlurmConfig.extra`'s -> what sets them."""
+
+
+class SweepConfig(_Section):
+    """How several runs share one results folder. Nothing here can change a result."""
+
+    lease_heartbeat_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds between signs of life of who works on a training."""
+    lease_stale_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds without one after which another run takes the training over; at once where the process is known to have ended."""
+
+    @model_validator(mode="after")
+    def _patient(self) -> SweepConfig:
+        if self.lease_stale_s < 2 * self.lease_heartbeat_s:
+            raise ValueError(
+                f"lease_stale_s = {self.lease_stale_s} is less than two lease_heartbeat_s = {self.lease_heartbeat_s}: "
+                f"a run that lives would lose its training"
+            )
+        return self
+
+
 class Config(_Section):
     """All settings of a run."""
 
@@ -180,11 +278,14 @@ class Config(_Section):
     images: ImagesConfig = ImagesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     loader: LoaderConfig = LoaderConfig()
+    sweep: SweepConfig = SweepConfig()
+    slurm: SlurmConfig = SlurmConfig()
     methods: dict[str, dict[str, Any]] = {}
     """``[methods.NAME]``: options of one method, checked by the method itself."""
     backbones: dict[str, dict[str, Any]] = {}
     datasets: dict[str, dict[str, Any]] = {}
-    """``[datasets.NAME]``: options of one dataset; ``entry`` names the registered dataset if NAME is the user's own, ``raw`` its folder."""
+    """``[datasets.NAME]``: options of one dataset; ``entry`` names the registered dataset if NAME is the user's own, ``raw`` its folder;
+    ``allow_partial`` and ``landmark_weights`` are those of ``bench data prepare``."""
 
 
 class ConfigError(ValueError):
@@ -253,7 +354,7 @@ def load_settings(
             raise ConfigError(f"--set {assignment!r}: write it as key=value, for example --set train.lr=0.01")
         merged[join_key(*split_key(key.strip()))] = (_parse_value(value.strip()), f"--set {assignment}")
     for key, value in (flags or {}).items():
-        merged[key] = (value, f"--{key.removeprefix('run.').replace('_', '-')}")
+        merged[key] = (value, f"--{key.rsplit('.', 1)[-1].replace('_', '-')}")
     return _validate(merged)
 
 

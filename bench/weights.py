@@ -29,7 +29,7 @@ State = dict[str, Tensor]
 VGGFACE2_FILE = "rcmalli_vggface_tf_notop_resnet50.h5"
 VGGFACE2_URL = f"https://github.com/rcmalli/keras-vggface/releases/download/v2.0/{VGGFACE2_FILE}"
 VGGFACE2_MEAN = (131.0912 / 255, 103.8827 / 255, 91.4953 / 255)
-"""RGB, for pictures in [0, 1]: the network was trained on 0..255 with the mean subtracted and no scaling (METHODS.md 1.6)."""
+"""RGB, for pictures in [0, 1]: the network was trained on 0..255 with the mean subtracted and no scaling."""
 VGGFACE2_STD = (1 / 255, 1 / 255, 1 / 255)
 MS1M_FILE = "backbone_ir50_ms1m_epoch120.pth"
 MS1M_SOURCE = "the model zoo of face.evoLVe, IR-50 trained on MS-Celeb-1M"
@@ -269,7 +269,7 @@ def ms1m_weights() -> State:
 
 
 def ir50_from_ms1m(state: Mapping[str, Tensor]) -> State:
-    """Names of face.evoLVe's IR-50 -> those of APViT's extractor (METHODS.md 2.11).
+    """Names of face.evoLVe's IR-50 -> those of APViT's extractor.
 
     ``input_layer.*`` keeps its name; unit ``body.N`` becomes ``body.STAGE.UNIT``: 0-2, 3-6 and 7-20 are the three stages
     that APViT has. The fourth stage and ``output_layer`` are left out.

@@ -18,7 +18,7 @@ LOGITS_B = "logits_b"
 _WIDTH = 1024
 _THRESHOLDS: dict[Variant, float] = {
     "paper": 0.6,  # default of the authors' code (github.com/xiaomengyc/ACoL, models/vgg); the paper tries 0.5 to 0.9
-    "official": 0.1,  # default of the published FER code (METHODS.md 2.5)
+    "official": 0.1,  # default of the published FER code
 }
 
 
@@ -51,7 +51,7 @@ def erase(features: Tensor, attention: Tensor, *, threshold: float) -> Tensor:
 class ACoLClassifier(Classifier):
     """Branches A and B, each two 3 x 3 convolutions and one 1 x 1 convolution to one map a class, then averaging.
 
-    Names and shapes of the branches are those of the published heads (METHODS.md 4.4: ``acol_pooler.classifier_A`` and
+    Names and shapes of the branches are those of the published heads (``acol_pooler.classifier_A`` and
     ``classifier_B``).
     """
 
@@ -137,7 +137,7 @@ def _branch(inputs: int, channels: int, num_classes: int) -> nn.Sequential:
     )
     for module in branch:
         if isinstance(module, nn.Conv2d):
-            nn.init.xavier_uniform_(module.weight)  # as in the authors' code and in the published heads (METHODS.md 2)
+            nn.init.xavier_uniform_(module.weight)  # as in the authors' code and in the published heads
             assert module.bias is not None
             nn.init.zeros_(module.bias)
     return branch

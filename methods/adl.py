@@ -27,7 +27,7 @@ class _Figures(NamedTuple):
 
 _FIGURES: dict[Variant, _Figures] = {
     "paper": _Figures(drop_rate=0.75, threshold=0.9),  # the authors' command for ResNet-50-SE (github.com/junsukchoe/ADL)
-    "official": _Figures(drop_rate=0.4, threshold=0.1),  # defaults of the published FER code (METHODS.md 2.7)
+    "official": _Figures(drop_rate=0.4, threshold=0.1),  # defaults of the published FER code
 }
 
 
@@ -96,7 +96,7 @@ class ADL(Method):
     gets one layer. Each layer draws once a forward pass, for all samples alike, from torch's own generator, which the trainer
     seeds at every step.
 
-    Variant ``official`` has the two faults of the published FER code (METHODS.md 5, no. 5 and 6). The dropout layers shift
+    Variant ``official`` has the two faults of the published FER code. The dropout layers shift
     the positions in the list of blocks, but not the names of pretrained weights: blocks get those of a later one, and the
     last block none. And the map weights the features of the second block of the last stage with the weights of a classifier that
     sees the last block. A last stage of one block has no other than that to show. Both faults are the ResNets' alone: other
@@ -138,7 +138,7 @@ def shift_pretrained(backbone: Backbone) -> None:
     """Put pretrained weights where the published code puts them: by position in a list that also holds dropout layers.
 
     A block gets the weights of the block whose index is its own position in that list. Where there is no such block it keeps
-    its initial random weights: He et al. (fan out) for convolutions, ones and zeros for normalisation (METHODS.md 1.1).
+    its initial random weights: He et al. (fan out) for convolutions, ones and zeros for normalisation.
     """
     points = backbone.attention_points()
     for layer in sorted({layer for layer, _ in points}):

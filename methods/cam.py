@@ -16,7 +16,7 @@ class GAPClassifier(Classifier):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(backbone.channels[backbone.last], num_classes)
-        nn.init.xavier_uniform_(self.head.weight)  # as the published heads (METHODS.md 2)
+        nn.init.xavier_uniform_(self.head.weight)  # as the published heads
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Output:  # noqa: ARG002 - the contract's

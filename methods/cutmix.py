@@ -95,7 +95,7 @@ def random_box(seed: Tensor, *, size: int, beta: float, probability: float) -> B
             "guidance.layers",
             (4,),
             None,
-            "layer that the published FER code falls back to in the evaluation of CutMix, 5 for other methods (METHODS.md 1.3); that its "
+            "layer that the published FER code falls back to in the evaluation of CutMix, 5 for other methods; that its "
             "training aligned layer 4 is inferred from that",
             "official",
         ),
@@ -111,7 +111,7 @@ class CutMix(CAM):
     of which something is left to see; so the guided samples are those of the unmixed batch, as for every other method.
 
     ``official``: absent maps are infinite, and infinity is contagious: a sample is guided only if both of its pictures have
-    an AU map (or the one without has no pixel in it). Fewer samples are guided (METHODS.md 5, no. 12).
+    an AU map (or the one without has no pixel in it). Fewer samples are guided.
     """
 
     class Options(EntryOptions):

@@ -12,7 +12,7 @@ from bench.methods.cam import CAM, GAPClassifier
 def evidence(classifier: Classifier, output: Output, classes: Tensor) -> tuple[Tensor, Tensor]:
     """What every closed form is made of: the weights W[y] of the head, and the channels A of the last layer.
 
-    The logit is sum_k W[y, k] mean(A_k) + b[y], so its gradient by A_k is W[y, k] / (h w) at every pixel (METHODS.md 0).
+    The logit is sum_k W[y, k] mean(A_k) + b[y], so its gradient by A_k is W[y, k] / (h w) at every pixel.
 
     Args:
         classifier: ends in global average pooling and one linear layer.

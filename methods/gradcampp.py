@@ -40,7 +40,7 @@ class GradCAMPlusPlus(CAM):
     """map = ReLU(sum_k w_k A_k) with the weights of `channel_weights`.
 
     ``official``: the published code computes the denominator of alpha but divides a copy by it, so that alpha = g^2 and
-    w_k = sum_ij ReLU(g)^3 = ReLU(W)^3 / (h w)^2 (METHODS.md 2.4).
+    w_k = sum_ij ReLU(g)^3 = ReLU(W)^3 / (h w)^2.
     """
 
     def maps(self, classifier: Classifier, output: Output, classes: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ class PRMClassifier(Classifier):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Conv2d(backbone.channels[backbone.last], num_classes, kernel_size=1)
-        nn.init.xavier_uniform_(self.head.weight)  # as the published heads (METHODS.md 2)
+        nn.init.xavier_uniform_(self.head.weight)  # as the published heads
         assert self.head.bias is not None
         nn.init.zeros_(self.head.bias)
         self._pool = pool

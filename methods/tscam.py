@@ -15,7 +15,7 @@ class TokenClassifier(Classifier):
     def __init__(self, backbone: Backbone, *, num_classes: int) -> None:
         super().__init__()
         self.backbone = backbone
-        # torch's own initialisation, in the paper's code and in the published FER code (METHODS.md 2.10).
+        # torch's own initialisation, in the paper's code and in the published FER code.
         self.head = nn.Conv2d(backbone.channels[1], num_classes, kernel_size=3, padding=1)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Output:  # noqa: ARG002 - the contract's

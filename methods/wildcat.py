@@ -44,7 +44,7 @@ class WildcatClassifier(Classifier):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Conv2d(backbone.channels[backbone.last], num_classes * modalities, kernel_size=1)  # class-major
-        nn.init.xavier_uniform_(self.head.weight)  # as the published heads (METHODS.md 2)
+        nn.init.xavier_uniform_(self.head.weight)  # as the published heads
         assert self.head.bias is not None
         nn.init.zeros_(self.head.bias)
         self._modalities = modalities

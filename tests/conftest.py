@@ -145,7 +145,7 @@ def go(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]
         settings = load_settings(environ={}, flags={key.replace("__", "."): value for key, value in flags.items()})
         plan = make_plan(settings)
         prepare_missing(plan.sources.values(), observer=LogObserver(), plugins=())
-        engine = Engine(precision=settings.config.train.precision, device="cpu")
+        engine = Engine(train=settings.config.train, device="cpu")
         return run_plan(make_plan(settings), engine=engine, observer=LogObserver())
 
     return run

@@ -25,8 +25,9 @@ def test_every_module_imports_by_its_bench_name_and_only_by_it():
         assert not [name for name in sys.modules if name == alias or name.startswith(f"{alias}.")]
 
 
-def test_importing_bench_imports_no_deepspeed(run_python):
-    run_python("import sys, bench.cli.main, bench.sweep.run; assert 'deepspeed' not in sys.modules")
+@pytest.mark.parametrize("modules", ["bench.cli.main", "bench.sweep.run, bench.training.deepspeed_strategy"])
+def test_importing_bench_imports_no_deepspeed(run_python, modules):
+    run_python(f"import sys, {modules}; assert not {{'deepspeed', 'transformers'}} & set(sys.modules)")
 
 
 def test_hugging_face_datasets_wins_over_our_folder_of_that_name(run_python, tmp_path):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bench import __version__
-from bench.cli import data, gallery, leaderboard, listing, plan, run
+from bench.cli import data, gallery, leaderboard, listing, plan, run, status
 
 app = typer.Typer(
     name="bench",
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("plan")(plan.plan)
+app.command("status")(status.status)
 app.command("leaderboard")(leaderboard.leaderboard)
 app.command("gallery")(gallery.gallery)
 app.command("list")(listing.list_entries)
@@ -45,7 +46,7 @@ def _options(
 
 
 def main() -> None:
-    """Entry point of the console script. Exit codes: 0 done, 1 some cells failed, 2 the request cannot be carried out."""
+    """Entry point of the console script. Exit codes: 0 done, 1 some cells failed, 2 the request cannot be carried out, 75 stopped."""
     try:
         app()
     except (ValueError, OSError) as error:

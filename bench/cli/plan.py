@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.cli import options
+from bench.cli import launching, options
 from bench.cli.console import table_console
 
 if TYPE_CHECKING:
+    from bench.sweep.estimate import Forecast, History
     from bench.sweep.plan import Plan
 
 
@@ -29,28 +30,67 @@ def plan(
     sets: options.Sets = None,
     plugins: options.Plugins = None,
     origins: Annotated[bool, typer.Option("--origins", help="Show every setting and where it comes from.")] = False,
+    nproc: launching.Nproc = None,
+    nnodes: launching.Nnodes = 1,
+    procs_per_training: launching.ProcsPerTraining = None,
+    on: Annotated[
+        str | None, typer.Option(help="Estimate for this device, as records name it (default: this machine's).", metavar="DEVICE")
+    ] = None,
 ) -> None:
-    """Check everything and show the cells and trainings of a run, without making anything."""
+    """Check everything and show the cells and trainings of a run, without making anything.
+
+    Time and GPU-hours are estimated from finished trainings of the same kind in the results folder: same trained method, guidance,
+    backbone, image size, precision and device, in proportion to epochs x pictures / processes.
+    """
     from bench.sweep.plan import make_plan
 
     settings = options.settings_from(context)
-    made = make_plan(settings)
+    processes, groups = _split(nproc, nnodes, procs_per_training)
+    made = make_plan(settings, world_size=processes)
     if origins:
         show_origins(made)
-    show_plan(made)
+    show_plan(made, processes=processes, groups=groups, on=on)
 
 
-def show_plan(plan: Plan) -> None:
-    """Print trainings, the cells they serve, and what is done."""
+def _split(nproc: int | None, nnodes: int, procs_per_training: int | None) -> tuple[int, int]:
+    """Processes of a training, and trainings at once, as ``bench run`` would have it with these flags on such nodes."""
+    from bench.sweep.launch import devices
+    from bench.sweep.launch.choice import Wanted, choose
+
+    wanted = Wanted(launcher="torchrun", nproc=nproc, nnodes=nnodes, procs_per_training=procs_per_training, rdzv_endpoint="any:1")
+    launch = choose(wanted, devices=devices.count() if nproc is None else 0, world=None)  # the nodes may be others than this one
+    return (launch.world_size, launch.groups * nnodes) if procs_per_training else (launch.world_size, 1)
+
+
+def show_plan(plan: Plan, *, processes: int = 1, groups: int = 1, on: str | None = None) -> None:
+    """Print trainings, the cells they serve, what is done, and what the rest will take.
+
+    Args:
+        plan: what to do.
+        processes: of each training.
+        groups: trainings at once.
+        on: device to estimate for; None = this machine's.
+
+    Raises:
+        ValueError: no record is of the device ``on``.
+    """
     from rich.table import Table
 
+    from bench.sweep.estimate import forecast, read_history, this_device
+
+    history = read_history(plan.settings.config.run.results)
+    if on is not None and on not in history.devices:
+        raise ValueError(f"--on {on}: no record is of this device; there are: {', '.join(history.devices) or 'none'}")
+    device = on or this_device()
+    told = forecast(plan, history, device=device, processes=processes, groups=groups) if device in history.devices and plan.to_do else None
+
     console = table_console()
-    table = Table("dataset", "backbone", "trains as", "guidance", "seed", "read out by", "training")
+    extra = (["estimate", "group"] if groups > 1 else ["estimate"]) if told else []
+    table = Table("dataset", "backbone", "trains as", "guidance", "seed", "read out by", "training", *extra)
     for training, cells in plan.matrix.trainings:
         names = ", ".join(f"[green]{c.method}[/]" if c.key in plan.done else c.method for c in cells)
-        table.add_row(
-            training.dataset.name, training.backbone, training.trains_as, training.guidance, str(training.seed), names, training.key[:10]
-        )
+        columns = [training.dataset.name, training.backbone, training.trains_as, training.guidance, str(training.seed), names]
+        table.add_row(*columns, training.key[:10], *(_estimate_columns(told, training.key) if told else ()))
     console.print(table)
     brought = {f"{key} for {source}" for training, _ in plan.matrix.trainings for key, source in training.brought.items()}
     for line in sorted(brought):
@@ -64,6 +104,53 @@ def show_plan(plan: Plan) -> None:
         f"trainings. Results: {plan.settings.config.run.results}",
         highlight=False,
     )
+    if plan.to_do:
+        for line in _forecast_lines(told, history, device):
+            console.print(line, highlight=False, markup=False)
+
+
+def _estimate_columns(told: Forecast, key: str) -> list[str]:
+    estimate = told.estimates.get(key)
+    time = "done" if key not in told.estimates else "no records" if estimate is None else duration(estimate.seconds)
+    return [time, str(told.group.get(key, "")) if told.groups > 1 else ""][: 1 + (told.groups > 1)]
+
+
+def _forecast_lines(told: Forecast | None, history: History, device: str) -> list[str]:
+    if told is None:
+        if not history.devices:
+            return ["no estimate of time: no records of any kind in this results folder yet"]
+        there = ", ".join(f"{name!r} ({number} trainings)" for name, number in history.devices.items())
+        return [f"no estimate of time for {device!r}: the records are of {there}. --on DEVICE estimates for one of these"]
+    known, total = len(told.known), len(told.estimates)
+    lines = []
+    if known:
+        each = "1 process" if told.processes == 1 else f"{told.processes} processes"
+        hours = f"{told.device_hours:.3g} {'GPU' if told.gpu else 'device'}-hours"
+        lines.append(
+            f"estimate for {told.device}: {known} of {total} trainings take {duration(told.seconds)} with {each}, {hours}; each from "
+            f"{_range([estimate.trainings for estimate in told.known])} finished of its kind"
+        )
+    if known < total:
+        first = "; they are begun first" if told.groups > 1 else ""
+        lines.append(f"no estimate for {total - known} of {total} trainings: no records of their kind yet{first}")
+    if known and told.groups > 1:
+        lines.append(
+            f"placement on {told.groups} groups of {told.processes}, longest first: "
+            f"{'those with an estimate end' if known < total else 'all end'} after {duration(told.wall_seconds)}"
+        )
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, to about a percent: 42 s, 3.1 min, 12.5 h."""
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def show_origins(plan: Plan) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,6 +13,7 @@ from bench.matrix import Matrix, Planned, Training, build_matrix, check_sections
 from bench.sweep.datasets import Source, check_splits, resolve_dataset
 from bench.sweep.store import Store
 from bench.training.build import build_classifier, build_reader
+from bench.training.engine import check_engine
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +33,13 @@ class Plan:
         return tuple(planned for planned in open_cells if planned.cells)
 
 
-def make_plan(settings: Settings, *, world_size: int = 1) -> Plan:
+def make_plan(settings: Settings, *, world_size: int = 1, only: Sequence[str] = ()) -> Plan:
     """Resolve and check everything.
+
+    Args:
+        settings: validated.
+        world_size: processes of one training.
+        only: see `only_trainings`; empty = all.
 
     Raises:
         ConfigError: with origin, key, value, and what would do.
@@ -41,8 +47,7 @@ def make_plan(settings: Settings, *, world_size: int = 1) -> Plan:
     """
     config = settings.config
     check_world(config, world_size)
-    _check_dataset_tables(settings)
-    sources = {name: resolve_dataset(settings, name) for name in config.run.datasets}
+    sources, matrix = read_matrix(settings)
     for source in sources.values():
         check_splits(source, needed=("train", "test") if config.run.protocol == "test-selected" else ("train", "val", "test"))
     if config.loader.kind == "stream" and config.train.balance != "none":
@@ -50,10 +55,43 @@ def make_plan(settings: Settings, *, world_size: int = 1) -> Plan:
             f"train.balance = {config.train.balance!r} (from {settings.origin('train.balance')}) needs loader.kind = 'indexed', "
             f"not 'stream' (from {settings.origin('loader.kind')})"
         )
-    matrix = build_matrix(settings, {name: source.reference() for name, source in sources.items()})
+    matrix = only_trainings(matrix, only) if only else matrix
     check_buildable(matrix)
+    check_engine((planned.training for planned in matrix.trainings), config.train)
     store = Store(config.run.results)
     return Plan(settings=settings, sources=sources, matrix=matrix, done=frozenset(c.key for c in matrix.cells if store.is_done(c)))
+
+
+def read_matrix(settings: Settings) -> tuple[Mapping[str, Source], Matrix]:
+    """The datasets by name, and the cells: all that looking at results needs. Builds no network.
+
+    Raises:
+        ConfigError: see `resolve_dataset` and `build_matrix`.
+    """
+    _check_dataset_tables(settings)
+    sources = {name: resolve_dataset(settings, name) for name in settings.config.run.datasets}
+    return sources, build_matrix(settings, {name: source.reference() for name, source in sources.items()})
+
+
+def only_trainings(matrix: Matrix, keys: Sequence[str]) -> Matrix:
+    """The part of a matrix that some trainings serve, given by their keys or by beginnings of them, as ``bench plan`` shows.
+
+    Raises:
+        ConfigError: a key of no training of the matrix, or a beginning of several.
+    """
+    known = {planned.training.key: planned.training for planned in matrix.trainings}
+    chosen = set()
+    for key in keys:
+        found = [full for full in known if key and full.startswith(key)]
+        if not found:
+            raise ConfigError(
+                f"--only {key}: the plan has no such training. A key stands for everything that can change the weights: if it was right "
+                f"once, settings or data have changed since. bench plan shows the keys of now"
+            )
+        if len(found) > 1:
+            raise ConfigError(f"--only {key}: begins {len(found)} keys: {', '.join(f'{k[:12]} ({known[k].label})' for k in found)}")
+        chosen.update(found)
+    return Matrix(cells=tuple(cell for cell in matrix.cells if cell.training.key in chosen))
 
 
 def check_buildable(matrix: Matrix) -> None:

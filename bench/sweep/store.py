@@ -5,6 +5,8 @@
     <results>/cells/<dataset>/<backbone>/<method>/<guidance>/seed0-<hash>/{record.json, samples.parquet, DONE}
     <results>/trainings/<hash>/{checkpoints/, best/, trained.json}
     <results>/failures/<same path as the cell>.json
+    <results>/leases/<hash>.1.json                              who works on what right now, see `bench.sweep.lease`
+    <results>/events.jsonl                                      what was begun, ended, failed, interrupted: when, by whom
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.data.atomic import fsync_folder, write_bytes_atomic, write_json_atomic
+from bench.data.atomic import PARTIAL_SUFFIX, fsync_folder, write_bytes_atomic, write_json_atomic
 from bench.evaluation.rows import Rows, read_rows, write_rows
-from bench.matrix import Cell, Training
+from bench.matrix import Cell, Planned, Training
 from bench.sweep.record import Record
 from bench.training.checkpoint import hash_file
 
@@ -55,24 +57,35 @@ class Store:
         path = self.training_folder(training) / "trained.json"
         return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["training"] == training.key
 
-    def write_rows(self, cell: Cell, rows: Rows) -> tuple[Path, str]:
-        """Put a cell's rows into a temporary folder beside its final place; returns the folder and the file's sha256."""
+    def write(self, cell: Cell, rows: Rows, make_record: Callable[[str], Record]) -> Path:
+        """Write a finished cell: rows and record beside its final place, rename, marker last; forget an earlier failure.
+
+        After an error, a full disk for one, nothing of it is left.
+
+        Args:
+            cell: whose result it is; not finished yet.
+            rows: its per-sample rows.
+            make_record: gives the record, from the sha256 of the file of rows.
+        """
         final = self.cell_folder(cell)
+        assert not (final / DONE).exists(), f"{final} is finished: it is never written again"
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
-        write_rows(temporary / ROWS, rows)
-        return temporary, hash_file(temporary / ROWS)
-
-    def finish(self, cell: Cell, temporary: Path, record: Record) -> Path:
-        """Complete the folder begun by `write_rows`: record, rename, marker last; forget an earlier failure."""
-        final = self.cell_folder(cell)
-        write_bytes_atomic(temporary / RECORD, (record.model_dump_json(indent=2) + "\n").encode())
-        temporary.chmod(0o755)
-        if final.exists():  # an unfinished one: a finished one is never written again
-            shutil.rmtree(final)
-        temporary.rename(final)
-        fsync_folder(final.parent)
-        write_bytes_atomic(final / DONE, f"{hash_file(final / RECORD)}\n".encode())
+        try:
+            write_rows(temporary / ROWS, rows)
+            record = make_record(hash_file(temporary / ROWS))
+            write_bytes_atomic(temporary / RECORD, (record.model_dump_json(indent=2) + "\n").encode())
+            temporary.chmod(0o755)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            fsync_folder(final.parent)
+            write_bytes_atomic(final / DONE, f"{hash_file(final / RECORD)}\n".encode())
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not (final / DONE).exists():
+                shutil.rmtree(final, ignore_errors=True)
+            raise
         self.failure_file(cell).unlink(missing_ok=True)
         return final
 
@@ -82,10 +95,34 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, {"cell": cell.label, "key": cell.key, **failure})
 
-    def sweep_leftovers(self) -> None:
-        """Remove folders that an interrupted write left behind."""
-        for leftover in (self.root / "cells").glob("*/*/*/*/.seed*"):
-            shutil.rmtree(leftover)
+    def read_failure(self, cell: Cell) -> dict[str, Any] | None:
+        """What `fail` wrote last about exactly this cell; None if it did not fail, or has been finished since."""
+        try:
+            content: dict[str, Any] = json.loads(self.failure_file(cell).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return content if content.get("key") == cell.key else None
+
+    def newest_checkpoint(self, training: Training) -> Path | None:
+        """The folder of the last checkpoint of an unfinished training; its name is the number of steps done."""
+        folder = self.training_folder(training) / "checkpoints"
+        return max((path for path in folder.glob("[0-9]*") if path.is_dir()), default=None)
+
+    def tidy(self, planned: Planned) -> None:
+        """Remove what interrupted writes left behind. Only for who holds the lease of the training: another may be writing."""
+        folder = self.training_folder(planned.training)
+        leftovers = [*folder.glob(f"*{PARTIAL_SUFFIX}"), *folder.glob("checkpoints/.*"), *folder.glob("best/.*")]
+        if self.is_trained(planned.training):
+            leftovers += folder.glob("checkpoints")
+        for cell in planned.cells:
+            final, failure = self.cell_folder(cell), self.failure_file(cell)
+            leftovers += final.parent.glob(f".{final.name}-*")
+            leftovers += failure.parent.glob(f"{failure.name}.*{PARTIAL_SUFFIX}")
+        for leftover in leftovers:
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 def read_records(root: Path) -> Iterator[tuple[Path, Record]]:

@@ -14,7 +14,7 @@ def layer_attention(features: Tensor) -> Tensor:
 def fit_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Resample AU maps (B, H, W) to the grid of an attention, (B, h, w), as the published code does.
 
-    Bilinear with antialiasing and aligned corners, then clipped to each map's own range (METHODS.md 1.4).
+    Bilinear with antialiasing and aligned corners, then clipped to each map's own range.
     """
     if maps.shape[-2:] == size:
         return maps

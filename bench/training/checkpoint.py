@@ -2,7 +2,8 @@
 
 Layout of a training's folder::
 
-    checkpoints/00000420/{model,optimiser}.safetensors, state.json   the last two; state.json holds the hashes of the others
+    checkpoints/00000420/{model,optimiser}.safetensors, state.json   the last two; state.json holds the hashes of the others;
+                                                                     with train.ema there is average.safetensors too
     best/00000400/model.safetensors, state.json                      the selected weights
 
 A folder is written under a temporary name, every file flushed to disk, then renamed: what has its final name is complete.
@@ -39,6 +40,7 @@ class Checkpoint:
     folder: Path
     model: dict[str, Tensor]
     optimiser: dict[str, Tensor]
+    average: dict[str, Tensor]
     state: dict[str, Any]
 
 
@@ -114,7 +116,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 f"checkpoint {folder} is damaged: {name} {'has another sha256' if path.is_file() else 'is missing'}"
             )
         tensors[path.stem] = load_file(path)
-    return Checkpoint(folder=folder, model=tensors.get("model", {}), optimiser=tensors.get("optimiser", {}), state=state)
+    model, optimiser, average = (tensors.get(stem, {}) for stem in ("model", "optimiser", "average"))
+    return Checkpoint(folder=folder, model=model, optimiser=optimiser, average=average, state=state)
 
 
 def flatten_optimiser(optimiser: Optimizer) -> dict[str, Tensor]:

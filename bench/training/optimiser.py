@@ -1,6 +1,6 @@
 """Optimiser and schedule. The schedule is a pure function of the step, set on the optimiser before every step.
 
-It is not given to Accelerate: prepared schedulers step once per process (FIELD.md C7).
+It is not given to Accelerate: prepared schedulers step once per process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bench.config import TrainConfig
 def build_optimiser(backbone: nn.Module, head_parameters: Iterable[nn.Parameter], config: TrainConfig) -> Optimizer:
     """SGD with Nesterov momentum, or AdamW. Two groups, backbone and head, the second with ``head_lr_ratio``.
 
-    Weight decay is on everything, as in the published runs (METHODS.md 1.5).
+    Weight decay is on everything, as in the published runs.
     """
     groups = [
         {"params": list(backbone.parameters()), "lr_ratio": 1.0},

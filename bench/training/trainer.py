@@ -22,16 +22,21 @@ from bench.data.batch import RawBatch, Reader
 from bench.data.transforms import train_batch
 from bench.matrix import Training, digest
 from bench.method import Batch, Classifier
+from bench.training.average import WeightAverage
 from bench.training.build import build_classifier, build_method, head_parameters
-from bench.training.checkpoint import flatten_optimiser, load_checkpoint, load_latest, restore_optimiser, save_checkpoint
+from bench.training.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from bench.training.engine import Engine
+from bench.training.interruption import EverywhereError, Hold, LeaseLostError, StoppedError, Unshared
 from bench.training.observer import Observer
-from bench.training.optimiser import build_optimiser, clip_gradients, learning_rate, set_learning_rate
+from bench.training.optimiser import build_optimiser, learning_rate, set_learning_rate
+from bench.training.strategy import numerics
 from bench.training.task import GuidanceTerm, TrainingTask, guided_share
 from bench.weights import without_loading
 
 CHECK_EVERY = 50
 """Steps between looks at the loss (one wait for the device each)."""
+HEED_SECONDS = 1.0
+"""Time between looks of several processes at each other's requests to stop; alone, a process looks after every step."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,8 +56,8 @@ class _Progress:
     """``epoch``, ``accuracy`` on the selection split, and ``folder`` below ``best/``."""
 
 
-class DivergedError(RuntimeError):
-    """The loss became NaN or infinite."""
+class DivergedError(EverywhereError):
+    """The loss became NaN or infinite. It is summed over all processes before it is looked at."""
 
 
 def train(
@@ -64,6 +69,7 @@ def train(
     engine: Engine,
     observer: Observer,
     checkpoint_minutes: float,
+    hold: Hold | None = None,
 ) -> dict[str, Any]:
     """Train to the end, from the newest checkpoint in ``folder`` if there is one.
 
@@ -75,16 +81,28 @@ def train(
         engine: processes and device.
         observer: told of progress on the main process.
         checkpoint_minutes: longest time between checkpoints.
+        hold: the main process's right to work in ``folder``; None where nobody else can.
 
     Returns:
         The content of ``trained.json``.
 
     Raises:
         DivergedError: NaN or infinite loss, with the step.
+        StoppedError: the run was asked to stop; the last finished step is in a checkpoint.
+        LeaseLostError: somebody else works on this training now; nothing was written since.
+        EverywhereError: with several processes, what went wrong on one of them outside of a step. Other errors leave the processes out
+            of step, and carry a note that tells the step.
         ValueError: the guidance names a layer the network does not have.
     """
     return _Trainer(
-        training, folder=folder, reader=reader, select=select, engine=engine, observer=observer, checkpoint_minutes=checkpoint_minutes
+        training,
+        folder=folder,
+        reader=reader,
+        select=select,
+        engine=engine,
+        observer=observer,
+        checkpoint_minutes=checkpoint_minutes,
+        hold=hold or Unshared(),
     ).run()
 
 
@@ -118,8 +136,10 @@ class _Trainer:
         engine: Engine,
         observer: Observer,
         checkpoint_minutes: float,
+        hold: Hold,
     ) -> None:
         self.training = training
+        self.hold = hold
         self.folder = folder
         self.reader = reader
         self.select = select
@@ -137,13 +157,18 @@ class _Trainer:
         self.step_seed = training.derived_seed("step")
         self.progress = _Progress()
 
-        self.method = build_method(training)
-        self.classifier = build_classifier(training, num_classes=len(reader.classes))
+        with engine.together():
+            self.method = build_method(training)
+            self.classifier = build_classifier(training, num_classes=len(reader.classes))
         term = GuidanceTerm(weight=self.guidance["weight"], layers=tuple(self.guidance["layers"])) if self.guidance else None
         task = TrainingTask(self.classifier, self.method, term)
         optimiser = build_optimiser(self.classifier.backbone, head_parameters(self.classifier), self.config)
-        self.module, self.optimiser = engine.prepare(task, optimiser)
+        self.average = WeightAverage(self.classifier, decay=self.config.ema) if self.config.ema else None
+        self.module, self.optimiser = engine.prepare(task, optimiser, self.config)
+        if self.average:
+            self.average.module.to(engine.device)
         self._pending: list[Tensor] = []
+        self._unheeded, self._heed_every = 0, 1
 
     def run(self) -> dict[str, Any]:
         self._resume()
@@ -152,9 +177,19 @@ class _Trainer:
         if self.engine.is_main:
             self.observer.begin(label, steps=total, done=len(self.progress.losses))
         self.engine.start_tracking(label, {"training": self.training.key, **self.training.settings["train"]})
-        self._clock = self._last_checkpoint = time.monotonic()
-        while self.progress.epoch < self.config.epochs:
-            self._epoch()
+        self._clock = self._last_checkpoint = self._heeded = time.monotonic()
+        try:
+            while self.progress.epoch < self.config.epochs:
+                self._epoch()
+        except DivergedError:
+            raise
+        except Exception as error:
+            if self.engine.world_size == 1 and self.engine.stop.reason is not None:
+                # What stops this process may have reached the loader's workers too, whose end is an error at any point of a step.
+                raise StoppedError(f"{self.training.label}: stopped by {self.engine.stop.reason}; the last checkpoint is kept") from error
+            done = self.progress.epoch * self.steps_per_epoch + self.progress.step
+            error.add_note(f"after step {done} of {total}, in epoch {self.progress.epoch + 1}")
+            raise
         self.engine.stop_tracking()
         self.engine.release()
         if self.engine.is_main:
@@ -173,7 +208,8 @@ class _Trainer:
             start_step=progress.step,
         )
         for raw in batches:
-            self._pending.append(self._step(raw.to(self.engine.device)))
+            with numerics(self.config):
+                self._pending.append(self._step(raw.to(self.engine.device)))
             progress.step += 1
             if self.engine.is_main:
                 self.observer.advance(self.training.label, steps=1, note="")
@@ -181,8 +217,39 @@ class _Trainer:
                 self._collect_losses()
                 if self.engine.from_main(time.monotonic() - self._last_checkpoint > self.checkpoint_seconds):
                     self._checkpoint()
+            self._heed()
         self._collect_losses()
         self._end_epoch()
+
+    def _heed(self) -> None:
+        """Stop if somebody has asked for it, with the last step saved, or if the lease is gone.
+
+        Several processes decide together, by one small sum about every `HEED_SECONDS`, so that none goes on without the others.
+        """
+        self._unheeded += 1
+        if self._unheeded < self._heed_every:
+            return
+        stop, lost = self.engine.stop.reason is not None, self.hold.lost
+        if self.engine.world_size > 1:
+            now = time.monotonic()
+            told = self.engine.sum(torch.tensor([float(stop), float(lost), now - self._heeded], device=self.engine.device))
+            stopping, losing, seconds = told.tolist()
+            stop, lost = stopping > 0, losing > 0
+            # The same figures, hence the same number of steps to the next look, on all processes.
+            steps_per_second = self._unheeded * self.engine.world_size / max(seconds, 1e-6)
+            self._heed_every = max(1, min(CHECK_EVERY, int(steps_per_second * HEED_SECONDS)))
+            self._unheeded, self._heeded = 0, now
+        if lost:
+            raise LeaseLostError(f"{self.training.label}: another run has taken this training over; nothing more is written from here")
+        if stop:
+            self._collect_losses()
+            self._stop()
+
+    def _stop(self) -> None:
+        self._checkpoint()
+        done, total = len(self.progress.losses), self.config.epochs * self.steps_per_epoch
+        reason = self.engine.stop.reason or "a request to another process"
+        raise StoppedError(f"{self.training.label}: stopped by {reason} after step {done} of {total}, which is saved")
 
     def _step(self, raw: RawBatch) -> Tensor:
         """One optimiser step over the global batch; returns (classification, guidance) of this process's share."""
@@ -197,15 +264,14 @@ class _Trainer:
             share = guided_share(valid, parts=self.engine.world_size * config.accumulate)
         losses = torch.zeros(2, device=self.engine.device)
         for number, batch in enumerate(batches, start=1):
-            with self.engine.accumulating(self.module, last=number == len(batches)):
+            last = number == len(batches)
+            with self.engine.strategy.micro_batch(self.module, last=last):
                 result = self.module(batch, share)
-                self.engine.backward(result["loss"] / config.accumulate)
+                self.engine.strategy.backward(result["loss"] / config.accumulate, last=last)
             losses += torch.stack([result["classification"], result["guidance"]]) / config.accumulate
-        if config.clip_norm:
-            self.engine.unscale(self.optimiser)
-            clip_gradients(self.module, config.clip_norm)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        self.engine.strategy.step(self.module, self.optimiser, clip_norm=config.clip_norm)
+        if self.average:
+            self.average.update(self.classifier)
         return losses
 
     def _batch(self, raw: RawBatch) -> Batch:
@@ -222,7 +288,10 @@ class _Trainer:
             std=self.classifier.backbone.std,
             with_au_maps=self.guidance is not None,
         )
-        return self.method.mix(batch)
+        mixed = self.method.mix(batch)
+        if self.config.channels_last:
+            mixed = dataclasses.replace(mixed, images=mixed.images.contiguous(memory_format=torch.channels_last))
+        return mixed
 
     def _collect_losses(self) -> None:
         """Average the losses of the steps since the last call over all processes; refuse to go on after NaN."""
@@ -241,29 +310,36 @@ class _Trainer:
 
     def _end_epoch(self) -> None:
         progress = self.progress
-        progress.epoch, progress.step = progress.epoch + 1, 0
+        epoch = progress.epoch + 1
         steps = self.steps_per_epoch
         recent = torch.tensor(progress.losses[-steps:], dtype=torch.float64).mean(dim=0)
         record: dict[str, Any] = {
-            "epoch": progress.epoch,
-            "lr": learning_rate(self.config, step=progress.epoch * steps - 1, steps_per_epoch=steps),
+            "epoch": epoch,
+            "lr": learning_rate(self.config, step=epoch * steps - 1, steps_per_epoch=steps),
             "classification": float(recent[0]),
             "guidance": float(recent[1]),
         }
-        if progress.epoch % self.config.select_every == 0 or progress.epoch == self.config.epochs:
-            self.engine.share_buffers(self.classifier)
-            accuracy = self.select(self.classifier)
+        if epoch % self.config.select_every == 0 or epoch == self.config.epochs:
+            selected = self.average.module if self.average else self.classifier
+            self.engine.share_buffers(selected)
+            try:
+                accuracy = self.select(selected)
+            except StoppedError:
+                self._stop()  # all steps of the epoch are done: the next start begins with this selection
+                raise
             record["accuracy"] = accuracy
             if progress.best is None or accuracy > progress.best["accuracy"]:
-                progress.best = {"epoch": progress.epoch, "accuracy": accuracy, "folder": f"{progress.epoch:08d}"}
-                if self.engine.is_main:
-                    state = {"training": self.training.key, "epoch": progress.epoch, "accuracy": accuracy}
-                    # Three, so that the checkpoint before the last still finds the best of its time.
-                    save_checkpoint(
-                        self.folder / "best", step=progress.epoch, tensors={"model": self.classifier.state_dict()}, state=state, keep=3
-                    )
+                best = {"epoch": epoch, "accuracy": accuracy, "folder": f"{epoch:08d}"}
+                with self.engine.together():
+                    if self.engine.is_main:
+                        self.hold.confirm()
+                        state = {"training": self.training.key, "epoch": epoch, "accuracy": accuracy}
+                        # Three, so that the checkpoint before the last still finds the best of its time.
+                        save_checkpoint(self.folder / "best", step=epoch, tensors={"model": selected.state_dict()}, state=state, keep=3)
+                progress.best = best
+        progress.epoch, progress.step = epoch, 0
         progress.epochs.append(record)
-        self.engine.track({k: v for k, v in record.items() if k != "epoch"}, step=progress.epoch)
+        self.engine.track({k: v for k, v in record.items() if k != "epoch"}, step=epoch)
         if self.engine.is_main:
             self.observer.epoch(self.training.label, record)
         self._checkpoint()
@@ -272,27 +348,37 @@ class _Trainer:
         now = time.monotonic()
         self.progress.seconds += now - self._clock
         self._clock = self._last_checkpoint = now
-        if self.engine.is_main:
-            save_checkpoint(
-                self.folder / "checkpoints",
-                step=len(self.progress.losses),
-                tensors={"model": self.classifier.state_dict(), "optimiser": flatten_optimiser(self.optimiser)},
-                state={"training": self.training.key, "scaler": self.engine.scaler_state(), **dataclasses.asdict(self.progress)},
-                keep=2,
-            )
-        self.engine.wait()
+        optimiser = self.engine.strategy.optimiser_state(self.optimiser)  # of all processes, where each has a part
+        with self.engine.together():
+            if self.engine.is_main:
+                self.hold.confirm()
+                save_checkpoint(
+                    self.folder / "checkpoints",
+                    step=len(self.progress.losses),
+                    tensors={
+                        "model": self.classifier.state_dict(),
+                        "optimiser": optimiser,
+                        **({"average": self.average.module.state_dict()} if self.average else {}),
+                    },
+                    state={"training": self.training.key, "scaler": self.engine.scaler_state(), **dataclasses.asdict(self.progress)},
+                    keep=2,
+                )
 
     def _resume(self) -> None:
-        found = load_latest(self.folder / "checkpoints") if self.engine.is_main else None
+        with self.engine.together():
+            found = load_latest(self.folder / "checkpoints") if self.engine.is_main else None
         name = self.engine.from_main(found.folder.name if found else None)
         if name is None:
             return
-        checkpoint = found or load_checkpoint(self.folder / "checkpoints" / name)
-        state = checkpoint.state
-        if state["training"] != self.training.key:
-            raise ValueError(f"{checkpoint.folder} belongs to another training ({state['training'][:10]}); move it away")
-        self.classifier.load_state_dict(checkpoint.model)
-        restore_optimiser(self.optimiser, checkpoint.optimiser)
+        with self.engine.together():
+            checkpoint = found or load_checkpoint(self.folder / "checkpoints" / name)
+            state = checkpoint.state
+            if state["training"] != self.training.key:
+                raise ValueError(f"{checkpoint.folder} belongs to another training ({state['training'][:10]}); move it away")
+            self.classifier.load_state_dict(checkpoint.model)
+            if self.average:
+                self.average.module.load_state_dict(checkpoint.average)
+            self.engine.strategy.load_optimiser_state(self.optimiser, checkpoint.optimiser)
         self.engine.load_scaler_state(state["scaler"])
         self.progress = _Progress(**{field.name: state[field.name] for field in dataclasses.fields(_Progress)})
         _log.info("%s: resumed at step %d", self.training.label, len(self.progress.losses))
@@ -316,10 +402,11 @@ class _Trainer:
             "peak_memory_bytes": peak_memory(self.engine.device),
             "world_size": self.engine.world_size,
         }
-        if self.engine.is_main:
-            write_json_atomic(self.folder / "trained.json", trained)
-            shutil.rmtree(self.folder / "checkpoints")
-        self.engine.wait()
+        with self.engine.together():
+            if self.engine.is_main:
+                self.hold.confirm()
+                write_json_atomic(self.folder / "trained.json", trained)
+                shutil.rmtree(self.folder / "checkpoints")
         return trained
 
 

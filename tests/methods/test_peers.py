@@ -213,7 +213,7 @@ def test_grad_cam_agrees_on_scorecam(fine_scorecam):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_torchcam_gradcampp_lacks_the_division_and_ours_does_not(size):
-    """alpha[mask].div_() divides a copy (METHODS.md 2.4): the weights are ReLU(g)^3, as in the published FER code."""
+    """alpha[mask].div_() divides a copy: the weights are ReLU(g)^3, as in the published FER code."""
     theirs = torchcam("GradCAMpp", size)
     assert apart(theirs, truth(posthoc.gradcampp, size)) > WRONG
     assert apart(theirs, truth(posthoc.gradcampp_official, size)) < AGREE
@@ -233,7 +233,7 @@ def test_torchcam_scaling_does_not_reach_one_on_small_values_and_ours_does():
 
 
 def test_grad_cam_gradcampp_is_swamped_by_its_epsilon_on_large_maps_and_ours_is_not():
-    """1e-6 beside 2 g^2 of about 1e-9 (METHODS.md 2.4): alpha is g^2 times a constant, the weights are the cubic ones again."""
+    """1e-6 beside 2 g^2 of about 1e-9: alpha is g^2 times a constant, the weights are the cubic ones again."""
     theirs = grad_cam("GradCAMPlusPlus", 224)
     right, cubic = (grown(truth(formula, 224), 224) for formula in (posthoc.gradcampp, posthoc.gradcampp_official))
     assert apart(theirs, right) > WRONG

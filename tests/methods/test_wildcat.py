@@ -33,7 +33,7 @@ def _mini(**options):
 @pytest.mark.parametrize(
     ("k", "positions", "count"),
     [
-        (0.5, 784, 392),  # METHODS.md 2.2
+        (0.5, 784, 392),  # of the published code
         (0.1, 784, 78),
         (0.5, 49, 24),  # 24.5, half to even, as Python rounds
         (0.1, 49, 5),

@@ -1,0 +1,260 @@
+"""How long trainings will take, from finished ones of the same kind; and how a sweep packs them onto groups of processes.
+
+An estimate is arithmetic on records, nothing else: the device seconds (time x processes) that a picture took, the median over the
+trainings of the kind, times the pictures there will be, over the processes there will be. That processes share the work evenly is an
+assumption; so is that pictures cost the same whatever the batch size. What has no record of its kind has no estimate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import logging
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.config import TrainConfig
+from bench.matrix import Planned, Training, digest
+from bench.method import METHODS
+from bench.sweep.plan import Plan
+from bench.sweep.record import Record, hardware_facts
+from bench.sweep.store import DONE, RECORD, Store
+
+COSTLY = ("engine", "zero_stage", "precision", "tf32", "channels_last", "compile", "sync_batchnorm", "ema", "deterministic", "accumulate")
+"""Settings of ``train`` that change what a step costs; the others change how many steps there are, or nothing."""
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Of one training and the evaluation of its cells."""
+
+    training_seconds: float
+    """0 if it is trained already."""
+    evaluation_seconds: float
+    trainings: int
+    """Finished trainings of this kind that the figures come from."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall time."""
+        return self.training_seconds + self.evaluation_seconds
+
+
+@dataclasses.dataclass(slots=True)
+class _Kind:
+    """Device seconds a picture, of finished trainings that cost the same."""
+
+    training: dict[str, float] = dataclasses.field(default_factory=dict)
+    """By training key: each training once, however many cells it served."""
+    evaluation: dict[str, list[float]] = dataclasses.field(default_factory=lambda: defaultdict(list))
+    """By method. A pass over the test split serves several methods at once; each is noted with the cost of the whole pass."""
+
+
+class History:
+    """What finished trainings cost."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._kinds: dict[tuple[str, str], _Kind] = defaultdict(_Kind)
+        self._keys: dict[str, set[str]] = defaultdict(set)
+        self._types: dict[str, str] = {}
+        for record in records:
+            kind = _kind_of_record(record)
+            if kind is None:
+                continue
+            device, cost = str(record.hardware["name"]), record.cost
+            entry = self._kinds[device, kind]
+            entry.training[record.training_key] = cost["training_processes"] / cost["training_images_per_second"]
+            entry.evaluation[record.cell.method].append(record.hardware["processes"] / cost["evaluation_images_per_second"])
+            self._keys[device].add(record.training_key)
+            self._types[device] = record.hardware["device"]
+
+    @property
+    def devices(self) -> Mapping[str, int]:
+        """Device name -> number of trainings on it, most first."""
+        return dict(Counter({device: len(keys) for device, keys in sorted(self._keys.items())}).most_common())
+
+    def is_gpu(self, device: str) -> bool:
+        """Whether a device of the records is more than a processor."""
+        return self._types[device] != "cpu"
+
+    def estimate(self, planned: Planned, *, device: str, processes: int, trained: bool) -> Estimate | None:
+        """Of a training with these cells, on so many devices; None if there is no record of its kind, or none of some method's evaluation.
+
+        Args:
+            planned: the training, with the cells that are missing.
+            device: name, as in ``hardware`` of the records.
+            processes: that share the training.
+            trained: only the evaluation is missing.
+        """
+        training, cells = planned
+        kind = self._kinds.get((device, _kind_of_training(training)))
+        if kind is None or not all(cell.method in kind.evaluation for cell in cells):
+            return None
+        train, epochs = TrainConfig.model_validate(training.settings["train"]), training.settings["train"]["epochs"]
+        pictures = epochs * (training.dataset.samples["train"] // train.batch_size) * train.batch_size
+        slowest = max((statistics.median(kind.evaluation[cell.method]) for cell in cells), default=0.0)
+        return Estimate(
+            training_seconds=0.0 if trained else statistics.median(kind.training.values()) * pictures / processes,
+            evaluation_seconds=slowest * training.dataset.samples["test"] / processes,
+            trainings=len(kind.training),
+        )
+
+
+def read_history(results: Path) -> History:
+    """What the finished cells of a results folder cost. A record that cannot be read is left out with a warning: no result hangs on it."""
+    records = []
+    for marker in sorted((results / "cells").rglob(DONE)):
+        try:
+            records.append(Record.model_validate_json((marker.parent / RECORD).read_bytes()))
+        except (OSError, ValueError) as error:
+            _log.warning("%s is not readable and left out of estimates: %s", marker.parent / RECORD, str(error).splitlines()[0])
+    return History(records)
+
+
+def estimates(plan: Plan, history: History, *, device: str, processes: int) -> list[tuple[Planned, Estimate | None]]:
+    """An estimate for each training still to do, in the plan's order."""
+    store = Store(plan.settings.config.run.results)
+    return [
+        (planned, history.estimate(planned, device=device, processes=processes, trained=store.is_trained(planned.training)))
+        for planned in plan.to_do
+    ]
+
+
+def order(plan: Plan) -> list[Planned]:
+    """The trainings still to do, in the order in which groups of processes should take them: see `longest_first`.
+
+    Only ratios matter here, so the device that most records are of will do. It reads the records: with several processes in a world call it
+    on one, and tell the others.
+    """
+    history = read_history(plan.settings.config.run.results)
+    device = next(iter(history.devices), "")
+    found = estimates(plan, history, device=device, processes=1)
+    return [found[place][0] for place in longest_first([e.seconds if e else None for _, e in found])]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What the trainings still to do will take, as far as records tell."""
+
+    device: str
+    """The one that the figures are for, as records name it."""
+    gpu: bool
+    """Whether that is more than a processor."""
+    processes: int
+    """Of each training."""
+    groups: int
+    """Trainings at once."""
+    estimates: Mapping[str, Estimate | None]
+    """Training key -> estimate."""
+    group: Mapping[str, int]
+    """Training key -> group that does it, from 0, of those with an estimate."""
+    wall_seconds: float
+    """Until the last of those with an estimate has ended."""
+
+    @property
+    def known(self) -> list[Estimate]:
+        """The estimates there are."""
+        return [estimate for estimate in self.estimates.values() if estimate is not None]
+
+    @property
+    def seconds(self) -> float:
+        """One training after the other."""
+        return sum(estimate.seconds for estimate in self.known)
+
+    @property
+    def device_hours(self) -> float:
+        """Time x processes."""
+        return self.seconds * self.processes / 3600
+
+
+def forecast(plan: Plan, history: History, *, device: str, processes: int, groups: int) -> Forecast:
+    """Estimate the trainings still to do, and pack those with an estimate onto groups of processes, longest first.
+
+    Args:
+        plan: what to do.
+        history: what is known.
+        device: one of ``history.devices``.
+        processes: of each training.
+        groups: trainings at once.
+    """
+    found = {planned.training.key: e for planned, e in estimates(plan, history, device=device, processes=processes)}
+    seconds = {key: estimate.seconds for key, estimate in found.items() if estimate is not None}
+    keys = list(seconds)
+    keys = [keys[place] for place in longest_first(list(seconds.values()))]
+    chosen, wall = schedule([seconds[key] for key in keys], groups=groups)
+    return Forecast(
+        device=device,
+        gpu=history.is_gpu(device),
+        processes=processes,
+        groups=groups,
+        estimates=found,
+        group=dict(zip(keys, chosen, strict=True)),
+        wall_seconds=wall,
+    )
+
+
+def this_device() -> str:
+    """Name of what this machine computes on, as its records have it."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return str(hardware_facts(accelerator or torch.device("cpu"), world_size=1)["name"])
+
+
+def longest_first(seconds: Sequence[float | None]) -> list[int]:
+    """Places in the order to begin with: first those of unknown length, as given, then the longest.
+
+    Begun late, a long one keeps everybody waiting; what is unknown may be long.
+    """
+    return sorted(range(len(seconds)), key=lambda place: -(float("inf") if seconds[place] is None else seconds[place] or 0.0))
+
+
+def schedule(seconds: Sequence[float], *, groups: int) -> tuple[list[int], float]:
+    """Give each in turn to the group that is free first (Graham's list scheduling; longest first: at most 4/3 of the best wall time).
+
+    Returns:
+        The group of each, and the wall time until the last has ended.
+    """
+    free = [(0.0, group) for group in range(groups)]
+    chosen = []
+    for duration in seconds:
+        begin, group = heapq.heappop(free)
+        chosen.append(group)
+        heapq.heappush(free, (begin + duration, group))
+    return chosen, max(end for end, _ in free)
+
+
+def _kind_of_training(training: Training) -> str:
+    return _kind(
+        trains_as=training.trains_as,
+        options=training.method_options,
+        variant=training.variant,
+        guidance=training.guidance,
+        backbone=training.backbone,
+        backbone_options=training.backbone_options,
+        settings=training.settings,
+    )
+
+
+def _kind_of_record(record: Record) -> str | None:
+    if record.cell.method not in METHODS:
+        return None  # of a plugin that is not there
+    return _kind(
+        trains_as=METHODS.get(record.cell.method).info.trains_as or record.cell.method,
+        options=record.training_options,
+        variant=record.variant,
+        guidance=record.cell.guidance,
+        backbone=record.cell.backbone,
+        backbone_options=record.backbone_options,
+        settings=record.settings,
+    )
+
+
+def _kind(*, settings: Mapping[str, Any], **identity: Any) -> str:
+    train = TrainConfig().model_dump(mode="json") | settings["train"]  # records from before a setting existed had its default
+    layers = settings.get("guidance", {}).get("layers")
+    return digest({**identity, "layers": layers, "size": settings["images"]["size"], "train": {name: train[name] for name in COSTLY}})

@@ -1,0 +1,61 @@
+"""How the training at hand gets on, told to the display and, every few seconds, to the lease, where ``bench status`` reads it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from bench.sweep.lease import Lease
+from bench.training.observer import Observer
+
+REPORT_SECONDS = 2.0
+"""Least time between two reports to the lease."""
+
+
+class LeaseObserver:
+    """Passes everything on, and reports it to the lease.
+
+    The report: ``state`` (``training`` or ``evaluating``), ``step`` of ``steps`` (samples, in an evaluation), ``rate`` in steps per second
+    since this start; ``epoch``, ``loss`` and ``accuracy`` of the last finished epoch.
+    """
+
+    def __init__(self, observer: Observer, lease: Lease) -> None:
+        self._observer = observer
+        self._lease = lease
+        self._progress: dict[str, Any] = {}
+        self._begun = self._reported = time.monotonic()
+        self._first = 0
+
+    def begin(self, label: str, *, steps: int, done: int) -> None:
+        """See `Observer`."""
+        self._observer.begin(label, steps=steps, done=done)
+        self._begun, self._first = time.monotonic(), done
+        # An evaluation follows its training, and does not forget it.
+        state = "evaluating" if label.endswith(" evaluation") else "training"
+        self._progress |= {"state": state, "step": done, "steps": steps, "rate": None}
+        self._report()
+
+    def advance(self, label: str, *, steps: int, note: str) -> None:
+        """See `Observer`."""
+        self._observer.advance(label, steps=steps, note=note)
+        self._progress["step"] += steps
+        if time.monotonic() - self._reported >= REPORT_SECONDS:
+            self._report()
+
+    def end(self, label: str) -> None:
+        """See `Observer`."""
+        self._observer.end(label)
+
+    def epoch(self, label: str, record: Mapping[str, Any]) -> None:
+        """See `Observer`."""
+        self._observer.epoch(label, record)
+        loss = record["classification"] + record["guidance"]
+        self._progress |= {"epoch": record["epoch"], "loss": round(loss, 5), "accuracy": record.get("accuracy")}
+
+    def _report(self) -> None:
+        self._reported = now = time.monotonic()
+        done = self._progress["step"] - self._first
+        if done and now > self._begun:
+            self._progress["rate"] = round(done / (now - self._begun), 3)
+        self._lease.report(self._progress)
