@@ -766,13 +766,33 @@ def _load(data: bytes) -> npt.NDArray[Any]:
     if not data.startswith(b"\x93NUMPY"):
         raise ValueError("holds a pickled object; not read" if data[:1] == b"\x80" else "not an .npy file")
     try:
-        values: npt.NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+        values = _array(data)
     except Exception as error:  # on damaged headers numpy raises nearly anything, MemoryError and SyntaxError included
         pickled = "Object arrays" in str(error)
         raise ValueError("holds a pickled object; not read" if pickled else f"damaged: {str(error).splitlines()[0]}") from error
     if values.dtype.kind not in "iufSU":
         raise ValueError(f"holds {values.dtype}, not numbers or their text")
     return values
+
+
+def _array(data: bytes) -> npt.NDArray[Any]:
+    """What `numpy.load` gives, faster for small files: a folder's headers are nearly all the same, and parsing one costs 0.1 ms."""
+    end = 10 + int.from_bytes(data[8:10], "little")
+    layout = _layout(data[:end]) if data[6:8] == b"\x01\x00" and len(data) >= end else None
+    if layout is None or len(data) < end + layout[0].itemsize * math.prod(layout[1]):
+        values: npt.NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+        return values
+    dtype, shape = layout
+    return np.frombuffer(data, dtype, count=math.prod(shape), offset=end).reshape(shape)
+
+
+@lru_cache(maxsize=256)
+def _layout(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
+    """Type and shape that a header of version 1.0 tells; None for what `numpy.load` had better look at itself."""
+    stream = io.BytesIO(header)
+    np.lib.format.read_magic(stream)
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
+    return None if dtype.hasobject or (by_columns and len(shape) > 1) else (dtype, shape)
 
 
 def _one(values: npt.NDArray[Any]) -> str:

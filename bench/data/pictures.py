@@ -48,7 +48,9 @@ def decode_picture(data: bytes) -> Decoded:
                     raise BadPictureError(f"{picture.width} x {picture.height} pixels; at most {MAX_PIXELS} are unpacked")
                 picture.load()
                 orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-                image = np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
+                # Both turning and converting copy, also where there is nothing to do.
+                upright = picture if orientation not in range(2, 9) else ImageOps.exif_transpose(picture)
+                image = np.asarray(upright if upright.mode == "RGB" and not upright.has_transparency_data else _to_rgb(upright))
     except (BadPictureError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -117,9 +119,10 @@ def letterbox(
     left, top = (size - new_width) // 2, (size - new_height) // 2
     if (width, height) == (size, size):
         return image, landmarks
-    square = np.zeros((size, size, 3), np.uint8)
-    scaled = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.LANCZOS)
-    square[top : top + new_height, left : left + new_width] = np.asarray(scaled)
+    square = np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.LANCZOS))
+    if (new_width, new_height) != (size, size):
+        scaled, square = square, np.zeros((size, size, 3), np.uint8)
+        square[top : top + new_height, left : left + new_width] = scaled
     if landmarks is not None:
         # The scale of each axis is that of the rounded side, so that the edges -0.5 and w - 0.5 map exactly.
         ratio = np.array([new_width / width, new_height / height])
