@@ -234,7 +234,7 @@ def _prepared(plan: Plan, launch: Launch, *, plugins: tuple[str, ...], only: tup
 
 
 def _summarise(before: Plan, now: Plan, ended: Report, *, seconds: float) -> None:
-    from bench.cli.run import summary
+    from bench.cli.summary import summary
     from bench.sweep.run import Outcome
 
     cells = now.matrix.cells

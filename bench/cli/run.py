@@ -134,6 +134,8 @@ def _carry_out(plan: Plan, engine: Engine, *, plugins: tuple[str, ...], wait: bo
     finally:
         end_display()
     if engine.is_main and not launching.reports():
+        from bench.cli.summary import summary
+
         summary(plan, outcome)
     return outcome
 
@@ -146,26 +148,3 @@ def _observer(engine: Engine) -> tuple[Observer, Callable[[], None]]:
         observer = RichObserver()
         return observer, observer.stop
     return LogObserver(), lambda: None
-
-
-def summary(plan: Plan, outcome: Outcome) -> None:
-    """Print the leaderboard and what a run did."""
-    from rich.console import Console
-
-    from bench.cli.leaderboard import show_tables
-
-    results = plan.settings.config.run.results
-    show_tables(results)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(
-        f"{len(outcome.ran)} cells done, {len(outcome.skipped)} were done before, {len(outcome.failed)} failed; "
-        f"{outcome.trained} trainings in {outcome.seconds:.0f} s."
-        + (f" {len(outcome.elsewhere)} cells were done by other runs meanwhile." if outcome.elsewhere else "")
-    )
-    for label, holder in outcome.left.items():
-        console.print(f"[yellow]left[/] {escape(label)}: {escape(holder)} works on it")
-    for label, error in outcome.failed.items():
-        console.print(f"[red]failed[/] {escape(label)}: {escape(error)}")
-    console.print(f"Records: {results / 'cells'}. Weights: {results / 'trainings'}. Table again: bench leaderboard --results {results}")
-    if outcome.failed:
-        console.print(f"Errors in full: {results / 'failures'}. The same command tries the failed cells again.")

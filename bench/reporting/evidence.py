@@ -72,7 +72,7 @@ def load_samples(path: Path, record: Record) -> Samples:
     table = read_columns(path, ("label", "predicted", "person", "au_valid", "map_cosine_true", attention))
     labels = table["label"]
     if len(labels) != record.data.samples:
-        raise ValueError(f"{path} has {len(labels)} rows, its record {record.data.samples} samples. Check it: bench verify {path.parent}")
+        raise ValueError(f"{path} has {len(labels)} rows, its record {record.data.samples} samples: one of them was changed")
     expressions = record.metrics["cam_cos"]["true"]["per_class"]
     expressive = np.array([name in expressions for name in record.data.classes])
     return Samples(
