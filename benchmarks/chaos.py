@@ -71,7 +71,7 @@ class Chaos:
         self.repair()
         last = subprocess.run(self.command(self.results), check=False, stdout=self.log, stderr=self.log)
         lost, wrong = compare(reference, self.results)
-        leftovers = [str(path) for path in self.results.rglob("*") if path.name.endswith(".partial") or path.parent.name == "leases"]
+        leftovers = [str(path) for path in self.results.rglob("*") if path.name.endswith(".partial") or path.match("leases/*.json")]
         faults = ", ".join(f"{name} {count}" for name, count in sorted(self.injected.items()))
         print(f"faults: {done} ({faults})\nexits: {dict(sorted(self.exits.items()))}, the last {last.returncode}")
         print(f"records: {len(records(reference))}; lost {len(lost)}, wrong {len(wrong)}; leftovers {len(leftovers)}")

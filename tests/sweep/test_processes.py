@@ -71,7 +71,7 @@ def test_a_batch_that_does_not_divide_over_the_processes_is_refused_before_anyth
     done = subprocess.run(
         [sys.executable, "-P", "-m", "bench", "run", *FEW, "--results", "none"],
         cwd=project,
-        env={**os.environ, "WORLD_SIZE": "5", "RANK": "0"},
+        env={**os.environ, "WORLD_SIZE": "5", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511", "RANK": "0"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -90,6 +90,7 @@ class _Group:
         self._emit = emit
         self._restarts = restarts
         self._reader: threading.Thread | None = None
+        self._sent: signal.Signals | None = None
         self._process = self._start()
 
     def running(self, *, may_restart: bool) -> bool:
@@ -108,6 +109,7 @@ class _Group:
     def send(self, number: signal.Signals) -> None:
         """Pass a signal on to the group's first process, which passes it on in turn."""
         if self._process.poll() is None:
+            self._sent = number
             self._process.send_signal(number)
 
     def end(self) -> None:
@@ -121,6 +123,8 @@ class _Group:
         """What it has told, or what its death tells."""
         told = read_report(self._path)
         code = self._process.returncode
+        if told is None and self._sent is not None and code == -self._sent:  # asked to stop before it could listen: nothing was begun
+            return Report(status=REQUEUE)
         return told or Report(status=2 if code == 2 else 1, message=f"died ({_death(code)})")
 
     def _start(self) -> subprocess.Popen[str]:
