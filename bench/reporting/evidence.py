@@ -189,14 +189,14 @@ class _Column:
             by_seeds.setdefault(len(common), []).append((pair, mine, theirs))
         hits = values.astype(bool) if plain else None
         for count, group in by_seeds.items():
-            found = self._sampling(group, observed, clusters=boot.clusters)
+            exact = None
             if hits is not None:
                 ones, others = (np.array([entry[side][0] for entry in group]) for side in (1, 2))
                 only_one = (hits[ones] & ~hits[others]).sum(axis=1)
                 only_other = (hits[others] & ~hits[ones]).sum(axis=1)
                 self.discordant += ((only_one + only_other) / len(labels)).tolist()
-                if count == 1:
-                    found = mcnemar(only_one, only_other)
+                exact = mcnemar(only_one, only_other) if count == 1 else None
+            found = self._sampling(group, observed, clusters=boot.clusters) if exact is None else exact
             if count > 1:
                 differences = np.array([observed[mine] - observed[theirs] for _, mine, theirs in group])
                 found = np.maximum(found, seeds_p(differences))

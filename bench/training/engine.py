@@ -259,8 +259,3 @@ def _fix_cublas() -> None:
     if CUBLAS not in os.environ and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise ConfigError(f"train.deterministic = true: CUDA has started without {CUBLAS}; start again with {CUBLAS}=:4096:8")
     os.environ.setdefault(CUBLAS, ":4096:8")
-
-
-def world_size() -> int:
-    """Number of processes the launcher's environment describes, known before any of them meet."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -33,12 +33,12 @@ def main(folder, *arguments):
     from bench.data.readers import open_reader
     from bench.evaluation.evaluator import accuracy
     from bench.sweep.plan import make_plan
-    from bench.training.engine import Engine, world_size
+    from bench.training.engine import Engine
     from bench.training.observer import LogObserver
     from bench.training.trainer import train
 
     settings = load_settings(environ={}, sets=[a for a in arguments if not a.startswith("--")])
-    plan = make_plan(settings, world_size=world_size())
+    plan = make_plan(settings, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     training = plan.matrix.trainings[0].training
     engine = Engine(train=settings.config.train, device="auto" if "--gpu" in arguments else "cpu", timeout_s=120)
     data = plan.sources[training.dataset.name].folder
