@@ -48,22 +48,25 @@ class Training:
     """Dotted key -> source, of the values above that entries brought along. No part of the identity: the values are."""
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that can change the weights, JSON-able."""
+        return {
+            "kind": "training/1",
+            "trains_as": self.trains_as,
+            "method_options": self.method_options,
+            "variant": self.variant,
+            "guidance": self.guidance,
+            "backbone": self.backbone,
+            "backbone_options": self.backbone_options,
+            "dataset": self.dataset.fingerprint,
+            "seed": self.seed,
+            "settings": self.settings,
+        }
+
+    @property
     def key(self) -> str:
         """Hash of the identity: equal keys share weights."""
-        return digest(
-            {
-                "kind": "training/1",
-                "trains_as": self.trains_as,
-                "method_options": self.method_options,
-                "variant": self.variant,
-                "guidance": self.guidance,
-                "backbone": self.backbone,
-                "backbone_options": self.backbone_options,
-                "dataset": self.dataset.fingerprint,
-                "seed": self.seed,
-                "settings": self.settings,
-            }
-        )
+        return digest(self.identity)
 
     @property
     def label(self) -> str:

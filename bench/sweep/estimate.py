@@ -22,7 +22,7 @@ from bench.config import TrainConfig
 from bench.matrix import Planned, Training, digest
 from bench.method import METHODS
 from bench.sweep.plan import Plan
-from bench.sweep.record import Record, hardware_facts
+from bench.sweep.record import Record, hardware_facts, parse_record
 from bench.sweep.store import DONE, RECORD, Store
 
 COSTLY = ("engine", "zero_stage", "precision", "tf32", "channels_last", "compile", "sync_batchnorm", "ema", "deterministic", "accumulate")
@@ -111,7 +111,7 @@ def read_history(results: Path) -> History:
     records = []
     for marker in sorted((results / "cells").rglob(DONE)):
         try:
-            records.append(Record.model_validate_json((marker.parent / RECORD).read_bytes()))
+            records.append(parse_record((marker.parent / RECORD).read_bytes()))
         except (OSError, ValueError) as error:
             _log.warning("%s is not readable and left out of estimates: %s", marker.parent / RECORD, str(error).splitlines()[0])
     return History(records)

@@ -1,11 +1,16 @@
-"""``record.json``: one cell's result with everything needed to believe it and to repeat it."""
+"""``record.json``: one cell's result with everything needed to believe it and to repeat it.
+
+Records are read for ever: one of an older schema is brought up to date when it is read, never rewritten.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 import subprocess
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +19,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 import bench
+from bench.matrix import Cell, DatasetRef, Training
+from bench.method import METHODS
 
-SCHEMA = 1
+SCHEMA = 2
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy", "webdataset", "safetensors")
 
 
@@ -63,10 +70,13 @@ class CodeFacts(_Part):
 class Record(_Part):
     """The whole of ``record.json``."""
 
-    schema_version: int = SCHEMA
+    schema_version: Literal[2] = SCHEMA
+    """Of this form; a record that was written in an older one has been brought up to date."""
     key: str
     training_key: str
     cell: CellName
+    trains_as: str
+    """The method that trained: the cell's own, or the one a post-hoc method reads out."""
     variant: Literal["paper", "official"]
     protocol: Literal["val", "test-selected"]
     """How the checkpoint was selected."""
@@ -87,6 +97,8 @@ class Record(_Part):
     """The layer whose cosine is the cell's ATT-COS: the (first) guided one, or the one guidance would take."""
     metrics: dict[str, Any]
     """See `bench.evaluation.metrics.compute_metrics`."""
+    invariance: dict[str, Any] | None
+    """Whether logits and maps depend on the batch they are computed in; None in records older than this check."""
     selection: dict[str, Any]
     """Epoch and accuracy of the selected checkpoint on the selection split."""
     epochs: list[dict[str, Any]]
@@ -94,6 +106,8 @@ class Record(_Part):
     weights_sha256: str
     rows_sha256: str
     """Of ``samples.parquet``."""
+    maps_sha256: str | None
+    """Of ``maps.safetensors``, the average maps of each class; None in records that have none."""
     code: CodeFacts
     hardware: dict[str, Any]
     cost: dict[str, Any]
@@ -101,6 +115,62 @@ class Record(_Part):
     seeds: dict[str, int]
     finished: str
     """UTC, ISO 8601."""
+
+    @property
+    def training(self) -> Training:
+        """The training it is of, as its own fields say: its key must be `training_key`."""
+        return Training(
+            trains_as=self.trains_as,
+            method_options=self.training_options,
+            variant=self.variant,
+            guidance=self.cell.guidance,
+            backbone=self.cell.backbone,
+            backbone_options=self.backbone_options,
+            dataset=DatasetRef(
+                name=self.cell.dataset,
+                entry=self.data.entry,
+                fingerprint=self.data.fingerprint,
+                samples={self.data.split: self.data.samples},
+            ),
+            seed=self.cell.seed,
+            settings=self.settings,
+            brought=self.brought,
+        )
+
+    @property
+    def as_cell(self) -> Cell:
+        """The cell it is of, as its own fields say: its key must be `key`."""
+        return Cell(method=self.cell.method, method_options=self.method_options, training=self.training, evaluation=self.evaluation)
+
+
+def parse_record(content: bytes) -> Record:
+    """Read the content of a ``record.json`` of any schema version.
+
+    Raises:
+        ValueError: it is damaged, edited beyond recognition, or of a schema newer than this program.
+    """
+    tree = json.loads(content)
+    version = tree.get("schema_version") if isinstance(tree, dict) else None
+    if not isinstance(version, int) or version < 1:
+        raise ValueError("it has no schema_version")
+    if version > SCHEMA:
+        raise ValueError(f"it has schema_version {version}, this program knows up to {SCHEMA}: update bench")
+    for step in range(version, SCHEMA):
+        try:
+            tree = _MIGRATIONS[step](tree) | {"schema_version": step + 1}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"it is not of schema version {version}, as it says: {error!r}") from error
+    return Record.model_validate_json(json.dumps(tree))
+
+
+def _from_1(tree: Mapping[str, Any]) -> dict[str, Any]:
+    method = tree["cell"]["method"]
+    trains_as = METHODS.get(method).info.trains_as if method in METHODS else None
+    return {**tree, "trains_as": trains_as or method, "invariance": None, "maps_sha256": None}
+
+
+_MIGRATIONS: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {1: _from_1}
+"""Schema version -> what makes the next one of it. Once released, a step is never changed."""
 
 
 @cache

@@ -428,6 +428,7 @@ def _record(cell: Cell, rows: Rows, facts: _Facts, *, rows_sha256: str) -> Recor
         cell=CellName(
             method=cell.method, guidance=training.guidance, backbone=training.backbone, dataset=training.dataset.name, seed=training.seed
         ),
+        trains_as=training.trains_as,
         variant=training.variant,
         protocol=training.settings["protocol"],
         method_options=dict(cell.method_options),
@@ -450,10 +451,12 @@ def _record(cell: Cell, rows: Rows, facts: _Facts, *, rows_sha256: str) -> Recor
         ),
         attention_layer=guided[0],
         metrics=compute_metrics(rows, classes=index.classes, expressive=expressive),
+        invariance=None,
         selection=dict(trained["best"]),
         epochs=trained["epochs"],
         weights_sha256=facts.weights,
         rows_sha256=rows_sha256,
+        maps_sha256=None,
         code=code_facts(),
         hardware=hardware_facts(facts.engine.device, world_size=facts.engine.world_size),
         cost={

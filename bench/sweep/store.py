@@ -21,7 +21,7 @@ from typing import Any
 from bench.data.atomic import PARTIAL_SUFFIX, fsync_folder, write_bytes_atomic, write_json_atomic
 from bench.evaluation.rows import Rows, read_rows, write_rows
 from bench.matrix import Cell, Planned, Training
-from bench.sweep.record import Record
+from bench.sweep.record import Record, parse_record
 from bench.training.checkpoint import hash_file
 
 DONE = "DONE"
@@ -134,7 +134,7 @@ def read_records(root: Path) -> Iterator[tuple[Path, Record]]:
     for marker in sorted(root.rglob(DONE)):
         path = marker.parent / RECORD
         try:
-            yield marker.parent, Record.model_validate_json(path.read_bytes())
+            yield marker.parent, parse_record(path.read_bytes())
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is not a readable record: {error}") from error
 

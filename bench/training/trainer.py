@@ -391,6 +391,9 @@ class _Trainer:
         trained = {
             "training": self.training.key,
             "label": self.training.label,
+            "identity": self.training.identity,
+            "dataset": {"name": self.training.dataset.name, "entry": self.training.dataset.entry},
+            "classes": list(self.reader.classes),
             "best": progress.best,
             "epochs": progress.epochs,
             "losses": progress.losses,

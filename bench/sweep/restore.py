@@ -1,0 +1,50 @@
+"""A finished training's folder -> the network again, without the plan that made it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from bench.backbone import BACKBONES
+from bench.matrix import DatasetRef, Training
+from bench.method import METHODS, Classifier
+from bench.training.trainer import load_trained, read_trained
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """A trained network and what it is."""
+
+    training: Training
+    classes: tuple[str, ...]
+    classifier: Classifier
+    """With its selected weights, in eval mode, on the CPU."""
+
+
+def restore(folder: Path) -> Restored:
+    """Load what ``trainings/<hash>`` of a results folder holds.
+
+    Raises:
+        FileNotFoundError: no finished training is there.
+        ValueError: it was written before folders said what is in them, is damaged, or is of a method or backbone that is not installed.
+    """
+    try:
+        trained = read_trained(folder)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{folder} holds no finished training: give a folder <results>/trainings/<hash>; bench plan shows the hashes"
+        ) from None
+    if "identity" not in trained:
+        raise ValueError(f"{folder}/trained.json does not say what was trained: it was written by an older version; train it again")
+    identity, classes = trained["identity"], tuple(trained["classes"])
+    METHODS.get(identity["trains_as"])
+    BACKBONES.get(identity["backbone"])
+    training = Training(
+        **{name: identity[name] for name in ("trains_as", "method_options", "variant", "guidance", "backbone", "backbone_options")},
+        dataset=DatasetRef(**trained["dataset"], fingerprint=identity["dataset"], samples={}),
+        seed=identity["seed"],
+        settings=identity["settings"],
+    )
+    if training.key != trained["training"]:
+        raise ValueError(f"{folder}/trained.json was changed: it says {trained['training'][:10]}, its settings give {training.key[:10]}")
+    return Restored(training=training, classes=classes, classifier=load_trained(training, folder, num_classes=len(classes)))
