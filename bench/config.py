@@ -231,8 +231,11 @@ class SlurmConfig(_Section):
                 raise ValueError(f"extra: {name!r} is not the long name of an sbatch option, like reservation")
             if flag in SLURM_OWN:
                 raise ValueError(f"extra: {name!r} is set by {SLURM_OWN[flag]}")
-        if self.signal_seconds >= 60 * self.minutes:
-            raise ValueError(f"signal_seconds = {self.signal_seconds} leaves nothing of minutes = {self.minutes}")
+        # Slurm's clock is coarse: it sends the signal up to a minute earlier (man sbatch), and a job of one minute was told within four seconds.
+        if self.signal_seconds + 60 >= 60 * self.minutes:
+            raise ValueError(
+                f"signal_seconds = {self.signal_seconds} leaves nothing of minutes = {self.minutes}: the signal may come up to 60 s earlier"
+            )
         return self
 
 

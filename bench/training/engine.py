@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from bench.config import ConfigError, TrainConfig
 from bench.matrix import Training
 from bench.training.interruption import EverywhereError, HaltError, LeaseLostError, StoppedError, StopRequest
+from bench.training.lost_peers import give_up_on_lost_peers
 from bench.training.strategy import DDPStrategy, Strategy
 
 T = TypeVar("T")
@@ -28,6 +29,8 @@ T = TypeVar("T")
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 PROCESS_WIDE = ("engine", "zero_stage", "precision", "sync_batchnorm", "deterministic")
 """Keys of ``[train]`` that one engine serves all its trainings with."""
+LONGEST_SILENCE_S = 900
+"""Of the store where the processes meet, before it counts as lost; about the kernel's own patience."""
 
 
 class Engine:
@@ -73,6 +76,8 @@ class Engine:
         }
         self._strategy = _deepspeed(train.zero_stage, options) if train.engine == "deepspeed" else DDPStrategy(**options)
         self._accelerator = self._strategy.accelerator
+        if self.world_size > 1 and "MASTER_PORT" in os.environ:
+            give_up_on_lost_peers(int(os.environ["MASTER_PORT"]), seconds=min(timeout_s, LONGEST_SILENCE_S))
         torch.backends.cudnn.allow_tf32 = False  # PyTorch's default is True: convolutions of an evaluation were not float32
         self._train = train
         self._trackers = trackers

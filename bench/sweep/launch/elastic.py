@@ -41,6 +41,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from bench.sweep.attempts import RUN
 from bench.sweep.launch.report import Report, child_environment, read_report, threads
 from bench.training.interruption import REQUEUE, SIGNALS, StoppedError, StopRequest
+from bench.training.lost_peers import give_up_on_lost_peers
 
 READ_TIMEOUT_S = 60
 """For one question to the store where the nodes meet; also PyTorch's default."""
@@ -204,7 +205,9 @@ def _meeting_point(elastic: Elastic, stop: StopRequest) -> RendezvousHandler:
             )
             with _stoppable(stop):
                 try:
-                    return get_rendezvous_handler(parameters)
+                    handler = get_rendezvous_handler(parameters)
+                    give_up_on_lost_peers(port, seconds=READ_TIMEOUT_S)
+                    return handler
                 except RendezvousConnectionError:
                     if not is_host and time.monotonic() > deadline:
                         raise

@@ -57,6 +57,7 @@ def test_one_task_a_node_of_srun_may_start_the_processes_of_its_node():
         ({"launcher": "inline", "nproc": 2}, "--launcher inline is one process"),
         ({"nproc": 4, "devices": 2}, "this node has 2 accelerators"),
         ({"nproc": 6, "procs_per_training": 4}, "these do: 1, 2, 3, 6"),
+        ({"nproc": 4, "procs_per_training": 2, "nnodes": 2, "rdzv_endpoint": "a:1"}, "without --nnodes on each"),
         ({"nnodes": 2}, "needs --rdzv-endpoint"),
         ({"nnodes": 2, "rdzv_endpoint": "node1"}, "write HOST:PORT"),
         ({"nnodes": 2, "rdzv_endpoint": "node1:99999"}, "port of 1 to 65535"),

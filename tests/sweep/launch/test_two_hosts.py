@@ -105,15 +105,16 @@ def test_two_hosts_give_what_one_gives_and_a_cut_cable_changes_nothing(project, 
     processes.same_result(one_host, project / "cut")
 
 
-def test_a_node_that_vanishes_leaves_a_clear_state_and_the_next_start_goes_on(project, one_host, two_hosts):
+@pytest.mark.parametrize("gone", [1, 0], ids=["the other", "that of the endpoint"])
+def test_a_node_that_vanishes_leaves_a_clear_state_and_the_next_start_goes_on(project, one_host, two_hosts, gone):
     agents = two_hosts.start(project, "vanished")
     try:
         processes.wait_for_step(project / "vanished", 8, *agents)
         two_hosts.cut()
-        agents[1].kill()  # `ip netns exec` becomes the agent
-        agents[1].wait(30)
+        agents[gone].kill()  # `ip netns exec` becomes the agent
+        agents[gone].wait(30)
         # Nobody comes back within --rdzv-timeout: the node that is left ends, with the status that asks for another start.
-        assert agents[0].wait(400) == 75, processes.logs(project)
+        assert agents[1 - gone].wait(400) == 75, processes.logs(project)
         assert "lost the other nodes" in processes.logs(project)
         assert not list((project / "vanished").glob("leases/*.json"))
         two_hosts.heal()
