@@ -15,12 +15,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bench.registry import did_you_mean
 
 CONFIG_NAME = "bench.toml"
 ENV_PREFIX = "BENCH_"
+MEASURES = ("au", "energy", "pointing", "ap", "deletion", "insertion", "drop", "road", "randomisation")
+"""Names of the optional measures, see `bench.evaluation.measures`."""
+FLAGS = {"evaluation.measures": "--metrics"}
+"""Keys whose command-line flag has another name than the key."""
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -184,6 +188,19 @@ class EvaluationConfig(_Section):
     batch_size: Positive = 64
     au_maps: Literal["official", "symmetric"] = "symmetric"
     """Geometry of the AU maps the cosines are taken with."""
+    measures: tuple[str, ...] = ()
+    """Optional measures besides the cosines: names, or ``all``; see docs/metrics.md."""
+    measure_samples: Annotated[int, Field(ge=0)] = 0
+    """Samples of the test split, evenly spread, that the optional measures look at; 0 = all."""
+
+    @field_validator("measures", mode="after")
+    @classmethod
+    def _resolved(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """In the order of the table, each once: what is asked for in other words is the same evaluation."""
+        for name in names:
+            if name not in (*MEASURES, "all"):
+                raise ValueError(f"unknown measure {name!r}.{did_you_mean(name, (*MEASURES, 'all'))}")
+        return tuple(name for name in MEASURES if name in names or "all" in names)
 
 
 class LoaderConfig(_Section):
@@ -231,7 +248,7 @@ class SlurmConfig(_Section):
                 raise ValueError(f"extra: {name!r} is not the long name of an sbatch option, like reservation")
             if flag in SLURM_OWN:
                 raise ValueError(f"extra: {name!r} is set by {SLURM_OWN[flag]}")
-        # Slurm's clock is coarse: it sends the signal up to a minute earlier (man sbatch), and a job of one minute was told within four seconds.
+        # Slurm's clock is coarse: it sends the signal up to a minute earlier (man sbatch), and one of one minute was told within 4 s.
         if self.signal_seconds + 60 >= 60 * self.minutes:
             raise ValueError(
                 f"signal_seconds = {self.signal_seconds} leaves nothing of minutes = {self.minutes}: the signal may come up to 60 s earlier"
@@ -357,7 +374,7 @@ def load_settings(
             raise ConfigError(f"--set {assignment!r}: write it as key=value, for example --set train.lr=0.01")
         merged[join_key(*split_key(key.strip()))] = (_parse_value(value.strip()), f"--set {assignment}")
     for key, value in (flags or {}).items():
-        merged[key] = (value, f"--{key.rsplit('.', 1)[-1].replace('_', '-')}")
+        merged[key] = (value, FLAGS.get(key, f"--{key.rsplit('.', 1)[-1].replace('_', '-')}"))
     return _validate(merged)
 
 
@@ -424,7 +441,8 @@ def _explain(error: ValidationError, merged: Mapping[str, tuple[Any, str]]) -> s
             involved = [
                 f"{k} from {o}" for k, (_, o) in merged.items() if k.startswith(key + ".") and k.rsplit(".", 1)[-1] in problem["msg"]
             ]
-            lines.append(f"[{key}] {problem['msg'].removeprefix('Value error, ')}{' (' + '; '.join(involved) + ')' if involved else ''}")
+            told, beside = f"{origin}: " if origin else "", f" ({'; '.join(involved)})" if involved else ""
+            lines.append(f"{told}[{key}] {problem['msg'].removeprefix('Value error, ')}{beside}")
         else:
             lines.append(f"{origin}: {key} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
     return "\n".join(lines)

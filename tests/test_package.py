@@ -57,7 +57,7 @@ def test_every_entry_point_names_a_module_that_is_packaged():
 def test_a_wheel_works_away_from_the_tree(tmp_path, project, run_bench):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("bench", "methods", "backbones", "datasets"):
+    for name in ("bench", "methods", "backbones", "datasets", "results/references"):
         shutil.copytree(ROOT / name, source / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)

@@ -8,7 +8,7 @@ from bench.au.codebook import (
     ActionUnit,
     Variant,
 )
-from bench.au.maps import GRID, AUMaps, action_unit_maps, expression_ids
+from bench.au.maps import GRID, AUMaps, action_unit_maps, expression_ids, unit_maps
 
 __all__ = [
     "ACTION_UNITS",
@@ -21,4 +21,5 @@ __all__ = [
     "Variant",
     "action_unit_maps",
     "expression_ids",
+    "unit_maps",
 ]

@@ -30,6 +30,9 @@ GRID = 28
 
 _LANDMARKS = 68
 
+_Lists = Literal["expressions", "all", "units"]
+"""What an id stands for: the action units of an expression, all of them whatever the id, or the one of this id."""
+
 _SYNONYMS = {
     "neutral": ("neutrality", "calm"),
     "happiness": ("happy", "joy"),
@@ -93,10 +96,31 @@ def action_unit_maps(
     Raises:
         ValueError: a shape, a side or the variant is not of the above.
     """
+    return _draw(landmarks, expressions, frame=frame, size=size, variant=variant, lists="all" if generic else "expressions")
+
+
+@torch.no_grad()
+def unit_maps(landmarks: Tensor, units: Tensor, *, frame: int, size: int, variant: Literal["official", "symmetric"]) -> AUMaps:
+    """The map of a single action unit in each face: drawn, smoothed and scaled as `action_unit_maps` does with a whole list.
+
+    Args:
+        landmarks: as in `action_unit_maps`.
+        units: (B,) int64, `bench.au.codebook.ActionUnit.id`.
+        frame: as in `action_unit_maps`, like ``size`` and ``variant``.
+        size: side of the maps.
+        variant: geometry.
+
+    Raises:
+        ValueError: as `action_unit_maps`.
+    """
+    return _draw(landmarks, units, frame=frame, size=size, variant=variant, lists="units")
+
+
+def _draw(landmarks: Tensor, ids: Tensor, *, frame: int, size: int, variant: str, lists: _Lists) -> AUMaps:
     if landmarks.ndim != 3 or landmarks.shape[1:] != (_LANDMARKS, 2):
         raise ValueError(f"landmarks must be (B, {_LANDMARKS}, 2), got {tuple(landmarks.shape)}: use the 68 points of iBUG 300-W")
-    if expressions.shape != landmarks.shape[:1]:
-        raise ValueError(f"expressions must be ({len(landmarks)},), one id per face, got {tuple(expressions.shape)}")
+    if ids.shape != landmarks.shape[:1]:
+        raise ValueError(f"{lists} must be ({len(landmarks)},), one id per face, got {tuple(ids.shape)}")
     if variant not in VARIANTS:
         raise ValueError(f"unknown AU map variant {variant!r}: use one of {', '.join(VARIANTS)}")
     if frame < 2 or size < 1:
@@ -105,8 +129,8 @@ def action_unit_maps(
     maps = landmarks.new_empty((len(landmarks), side, side), dtype=torch.float32)
     valid = landmarks.new_empty(len(landmarks), dtype=torch.bool)
     start = 0
-    for part in _chunks(landmarks, expressions, _CHUNK_FULL_SIZE if side > GRID else _CHUNK_NATIVE):
-        layers, found = _layers(*part, frame=frame, variant=variant, generic=generic)
+    for part in _chunks(landmarks, ids, _CHUNK_FULL_SIZE if side > GRID else _CHUNK_NATIVE):
+        layers, found = _layers(*part, frame=frame, variant=variant, lists=lists)
         stop = start + len(found)
         top = layers.amax(2).permute(2, 0, 1) if side == GRID else _enlarged_maximum(layers, frame)
         _min_max(top, found, out=maps[start:stop])
@@ -123,11 +147,11 @@ _CHUNK_FULL_SIZE = {"cpu": 8}
 _CHUNK_ELSEWHERE = 256
 
 
-def _chunks(landmarks: Tensor, expressions: Tensor, sizes: Mapping[str, int]) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(landmarks: Tensor, ids: Tensor, sizes: Mapping[str, int]) -> Iterator[tuple[Tensor, Tensor]]:
     count = sizes.get(landmarks.device.type, _CHUNK_ELSEWHERE)
-    expressions = expressions.to(landmarks.device)
+    ids = ids.to(landmarks.device)
     for start in range(0, len(landmarks), count):
-        yield landmarks[start : start + count], expressions[start : start + count]
+        yield landmarks[start : start + count], ids[start : start + count]
 
 
 def _enlarged_maximum(layers: Tensor, frame: int) -> Tensor:
@@ -161,15 +185,16 @@ def _min_max(maps: Tensor, valid: Tensor, *, out: Tensor) -> None:
     out *= torch.where((span > 0) & valid[:, None, None], 1 / span, 0)
 
 
-def _layers(landmarks: Tensor, expressions: Tensor, *, frame: int, variant: str, generic: bool) -> tuple[Tensor, Tensor]:
+def _layers(landmarks: Tensor, ids: Tensor, *, frame: int, variant: str, lists: _Lists) -> tuple[Tensor, Tensor]:
     """The smoothed drawings: (GRID, GRID, K, B), K drawings per sample, and the validity of each sample (B,)."""
     device = landmarks.device
     found = landmarks.isfinite().flatten(1).all(1)
     points = torch.where(found[:, None, None], landmarks, 0).permute(2, 1, 0).float()  # (x or y, 68, B)
     if variant == "official":
         points = points.trunc()
-    table = _table(variant, frame, generic, device)
-    ids = expressions if not generic else torch.zeros_like(expressions)
+    table = _table(variant, frame, lists, device)
+    if lists == "all":
+        ids = torch.zeros_like(ids)
     known = (ids >= 0) & (ids < len(table.drawings))
     drawings = table.drawings[ids.where(known, 0)].T  # (K, B)
     valid = found & known & table.has_units[ids.where(known, 0)]
@@ -220,9 +245,9 @@ class _Table(NamedTuple):
     """
 
     drawings: Tensor
-    """(expressions, K) positions of the expression's drawings, repeated up to K: a repeat cannot change a maximum."""
+    """(ids, K) positions of the drawings that an id stands for, repeated up to K: a repeat cannot change a maximum."""
     has_units: Tensor
-    """(expressions,) bool."""
+    """(ids,) bool."""
     ends: Tensor
     """(4, 2, 2, D) landmark numbers: the two of the low end, the two of the high end."""
     shift: Tensor
@@ -240,9 +265,14 @@ class _Table(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(mode=False)  # what is kept must be usable outside of the evaluator's inference mode
-def _table(variant: str, frame: int, generic: bool, device: torch.device) -> _Table:
+def _table(variant: str, frame: int, lists: _Lists, device: torch.device) -> _Table:
     units = OFFICIAL if variant == "official" else SYMMETRIC
-    listed = [tuple(range(len(units)))] if generic else [EXPRESSION_UNITS[name] for name in EXPRESSIONS]
+    choices: Mapping[_Lists, list[tuple[int, ...]]] = {
+        "expressions": [EXPRESSION_UNITS[name] for name in EXPRESSIONS],
+        "all": [tuple(range(len(units)))],
+        "units": [(unit,) for unit in range(len(units))],
+    }
+    listed = choices[lists]
     # Several action units are drawn alike (all those of the whole mouth): once is enough for a maximum.
     drawings = list(dict.fromkeys(units[unit] for expression in listed for unit in expression))
     positions = [list(dict.fromkeys(drawings.index(units[unit]) for unit in expression)) for expression in listed]

@@ -20,6 +20,9 @@ Guidance = Annotated[str | None, typer.Option(help="none, au, or none,au.", rich
 Seeds = Annotated[str | None, typer.Option(help="Seeds: 0,1,2 or 0-4.", rich_help_panel=MATRIX)]
 Variant = Annotated[str | None, typer.Option(help="paper or official.", rich_help_panel=MATRIX)]
 Protocol = Annotated[str | None, typer.Option(help="val or test-selected.", rich_help_panel=MATRIX)]
+Metrics = Annotated[
+    str | None, typer.Option(help="Optional measures of the maps, comma-separated; 'all'. See docs/metrics.md.", rich_help_panel=MATRIX)
+]
 Engine = Annotated[str | None, typer.Option("--engine", help="ddp or deepspeed: short for --set train.engine=.", rich_help_panel=SETTINGS)]
 Results = Annotated[Path | None, typer.Option(help="Results folder.", rich_help_panel=SETTINGS)]
 Data = Annotated[Path | None, typer.Option(help="Folder of prepared datasets.", rich_help_panel=SETTINGS)]
@@ -49,6 +52,8 @@ def settings_from(context: typer.Context) -> Settings:
     for plugin in given.get("plugins") or ():
         load_plugin(plugin)
     flags = {f"run.{name}": _value(name, given[name]) for name in MATRIX_FLAGS if given.get(name) is not None}
+    if given.get("metrics") is not None:
+        flags["evaluation.measures"] = _value("metrics", given["metrics"])
     if given.get("engine_name") is not None:
         flags["train.engine"] = given["engine_name"]
     return load_settings(file=given.get("config"), profile=given.get("profile"), sets=given.get("sets") or (), flags=flags)
@@ -59,7 +64,7 @@ def _value(name: str, value: str | Path) -> Any:
         return value
     if name == "seeds":
         return parse_seeds(value)
-    if name in ("methods", "datasets", "backbones", "guidance"):
+    if name in ("methods", "datasets", "backbones", "guidance", "metrics"):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
 

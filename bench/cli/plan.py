@@ -23,6 +23,7 @@ def plan(
     seeds: options.Seeds = None,
     variant: options.Variant = None,
     protocol: options.Protocol = None,
+    metrics: options.Metrics = None,
     results: options.Results = None,
     data: options.Data = None,
     config: options.ConfigFile = None,

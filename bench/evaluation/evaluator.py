@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.au.codebook import REFERENCE_FRAME
 from bench.au.maps import action_unit_maps, expression_ids
 from bench.data.batch import Reader
 from bench.data.index import hash_keys
 from bench.data.transforms import eval_images, eval_landmarks
-from bench.evaluation.maps import attention_cosines, check_finite, map_cosines, read_maps
+from bench.evaluation.averages import AverageMaps, ClassSums, average_maps
+from bench.evaluation.invariance import Slice, check_invariance, join
+from bench.evaluation.maps import attention_cosines, check_finite, map_cosines, min_max, read_maps, upsample
+from bench.evaluation.measures import Choice, Explained, Measuring
 from bench.evaluation.rows import Rows
 from bench.method import Classifier, Method
 from bench.training.alignment import layer_attention
 from bench.training.engine import Engine
 from bench.training.interruption import EverywhereError
 from bench.training.observer import Observer
+from bench.training.trainer import peak_memory
 
 
 class CountError(EverywhereError):
     """A pass that did not see every sample exactly once: counted over all processes, so all of them raise it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """What one evaluation found about one cell."""
+
+    rows: Rows
+    maps: AverageMaps
+    attention_layer: int
+    """Of which ``maps`` has the attention."""
+    invariance: Mapping[str, Any]
+    """Whether logits and maps depend on the batch, see `bench.evaluation.invariance.check_invariance`."""
+    map_seconds_per_image: float
+    """Of one device, for one map of each picture: reading it off the network's output, which is there already. What it costs to keep a
+    graph is not in it: where a method of the same evaluation ``needs_grad``, the forward passes of all take longer."""
+    peak_memory_bytes: int
+    """Of the main process, with all that its evaluation holds, for all methods; see `bench.training.trainer.peak_memory`."""
 
 
 def accuracy(classifier: Classifier, reader: Reader, *, size: int, batch_size: int, engine: Engine) -> float:
@@ -61,12 +85,14 @@ def evaluate(
     size: int,
     batch_size: int,
     au_variant: Literal["official", "symmetric"],
+    attention_layer: int,
     keys_sha256: str,
     engine: Engine,
     observer: Observer,
     label: str,
-) -> dict[str, Rows]:
-    """Rows of every cell, from one forward pass a sample.
+    measures: Choice | None = None,
+) -> dict[str, Evaluated]:
+    """Results of every cell, from one forward pass a sample; then the invariance check, for which the other processes wait.
 
     Args:
         classifier: in eval mode, on the engine's device.
@@ -75,13 +101,15 @@ def evaluate(
         size: side of the network's input.
         batch_size: per process; no result depends on it.
         au_variant: geometry of the AU maps compared with.
+        attention_layer: of which average maps are kept.
         keys_sha256: what `hash_keys` of the split must be, from its index.
         engine: processes and device.
         observer: told of progress on the main process.
         label: of the work, for the observer.
+        measures: optional measures to take besides, see `bench.evaluation.measures.choice_of`.
 
     Returns:
-        Name -> rows, complete on every process.
+        Name -> results, complete on every process.
 
     Raises:
         CountError: a sample was missed or counted twice.
@@ -92,6 +120,15 @@ def evaluate(
     expressions = expression_ids(reader.classes).to(engine.device)
     graph = any(method.needs_grad for method in methods.values())
     parts: list[dict[str, np.ndarray[Any, Any]]] = []
+    measuring = Measuring(measures, classifier, total=len(reader.keys)) if measures is not None and measures.names else None
+    kept = Slice(len(reader.keys))
+    attention_sums, au_sums, *map_sums = (
+        ClassSums(reader.labels, num_classes=len(reader.classes), device=engine.device) for _ in range(2 + len(methods))
+    )
+    sums = dict(zip(methods, map_sums, strict=True))
+    seconds = dict.fromkeys(methods, 0.0)
+    if engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(engine.device)
     if engine.is_main:
         observer.begin(label, steps=len(reader.keys), done=0)
     with engine.together(), contextlib.nullcontext() if graph else torch.inference_mode():
@@ -109,15 +146,46 @@ def evaluate(
             columns = {"position": batch.positions, "label": batch.labels, "logits": output.logits, "au_valid": valid}
             for layer, features in output.layers.items():
                 columns[f"attention/{layer}"] = _where(valid, attention_cosines(layer_attention(features.detach()), au_maps))
+            where = {"positions": batch.positions, "labels": batch.labels}
+            au_sums.add(au_maps, **where, valid=valid)
+            attention_sums.add(upsample(min_max(layer_attention(output.layers[attention_layer].detach())), size=size), **where)
             predicted = output.logits.argmax(dim=1)
+            own: dict[str, Tensor] = {}
             for name, method in methods.items():
-                for target, classes in (("true", batch.labels), ("predicted", predicted)):
-                    columns[f"{target}/{name}"] = _where(valid, map_cosines(read_maps(method, classifier, output, classes), au_maps))
+                with _Timer(engine.device) as timer:
+                    own[name] = read_maps(method, classifier, output, batch.labels)
+                seconds[name] += timer.seconds
+                grown = upsample(min_max(own[name]), size=size)
+                sums[name].add(grown, **where)
+                columns[f"true/{name}"] = _where(valid, map_cosines(own[name], au_maps))
+                guessed = read_maps(method, classifier, output, predicted)
+                columns[f"predicted/{name}"] = _where(valid, map_cosines(guessed, au_maps))
+                if measuring is not None:
+                    seen = Explained(
+                        method=method,
+                        classifier=classifier,
+                        randomised=measuring.randomised,
+                        images=images,
+                        logits=output.logits.detach(),
+                        predicted=predicted,
+                        raw_predicted=guessed,
+                        map_true=grown,
+                        map_predicted=upsample(min_max(guessed), size=size),
+                        landmarks=landmarks,
+                        expressions=expressions[batch.labels],
+                        au_maps=au_maps,
+                        au_valid=valid,
+                        au_variant=au_variant,
+                    )
+                    for column, values in measuring.measure(seen, positions=batch.positions).items():
+                        columns[f"measure/{name}/{column}"] = values
+            kept.keep(raw, logits=output.logits, maps=own)
             parts.append({key: value.detach().cpu().numpy() for key, value in columns.items()})
             if engine.is_main:
                 observer.advance(label, steps=len(raw) * engine.world_size, note="")
     if engine.is_main:
         observer.end(label)
+    peak = engine.from_main(peak_memory(engine.device))
     whole = [part for shares in engine.gather(parts) for part in shares]
     table = {key: np.concatenate([part[key] for part in whole]) for key in whole[0]}
     order = np.argsort(table["position"], kind="stable")
@@ -127,20 +195,72 @@ def evaluate(
         raise CountError(
             f"{label}: the evaluation saw {len(keys)} samples ({len(set(keys))} different) of {len(reader.keys)}; nothing is recorded"
         )
+    slices = [part for share in engine.gather(kept.parts) for part in share]
+    with engine.together():
+        checked = (
+            check_invariance(classifier, methods, join(slices), size=size, batch_size=batch_size, engine=engine) if engine.is_main else None
+        )
+    invariance = engine.from_main(checked)
+    assert invariance is not None
     layers = {int(key.removeprefix("attention/")): values for key, values in table.items() if key.startswith("attention/")}
+    attention, au = attention_sums.total(engine), au_sums.total(engine)
+    spent = engine.gather(seconds)
     return {
-        name: Rows(
-            keys=keys,
-            labels=table["label"],
-            people=reader.people.numpy()[table["position"]],
-            logits=table["logits"],
-            au_valid=table["au_valid"],
-            attention_cosines=layers,
-            map_cosines_true=table[f"true/{name}"],
-            map_cosines_predicted=table[f"predicted/{name}"],
+        name: Evaluated(
+            rows=Rows(
+                keys=keys,
+                labels=table["label"],
+                people=reader.people.numpy()[table["position"]],
+                logits=table["logits"],
+                au_valid=table["au_valid"],
+                attention_cosines=layers,
+                map_cosines_true=table[f"true/{name}"],
+                map_cosines_predicted=table[f"predicted/{name}"],
+                measures={
+                    column.removeprefix(f"measure/{name}/"): values
+                    for column, values in table.items()
+                    if column.startswith(f"measure/{name}/")
+                },
+            ),
+            attention_layer=attention_layer,
+            maps=average_maps(sums[name].total(engine), attention=attention, au_map=au),
+            invariance=invariance[name],
+            map_seconds_per_image=sum(share[name] for share in spent) / len(keys),
+            peak_memory_bytes=peak,
         )
         for name in methods
     }
+
+
+def count_macs(classifier: Classifier, *, size: int, device: torch.device) -> int:
+    """Multiply-accumulates of one forward pass of one picture: convolutions, matrix products and attention, half of PyTorch's flops.
+
+    Additions of biases, normalisations, activations and poolings are not counted, nor what a read-out does with the output.
+    """
+    image = torch.zeros(1, 3, size, size, device=device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        classifier(image)
+    return int(counter.get_total_flops()) // 2
+
+
+class _Timer:
+    """Seconds of the work inside, of the device's too."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds = 0.0
+
+    def __enter__(self) -> _Timer:
+        self._begun = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = self._now() - self._begun
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
 
 def _where(valid: Tensor, values: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ def compute_metrics(rows: Rows, *, classes: Sequence[str], expressive: Sequence[
 
     Returns:
         ``cl``: ``accuracy``, ``class_mean``, ``samples``, ``per_class``, ``confusion`` (row = true class);
-        ``cam_cos``: ``true`` and ``predicted``, see `_cosine_summary`; ``att_cos``: layer -> the same.
+        ``cam_cos``: ``true`` and ``predicted``, see `_cosine_summary`; ``att_cos``: layer -> the same;
+        where there are optional measures, ``measures``: column -> see `_measure_summary`.
     """
-    return {
+    metrics = {
         "cl": _accuracy(rows.labels, rows.predicted, classes),
         "cam_cos": {
             "true": _cosine_summary(rows.map_cosines_true, rows, classes, expressive),
@@ -33,6 +34,9 @@ def compute_metrics(rows: Rows, *, classes: Sequence[str], expressive: Sequence[
             str(layer): _cosine_summary(values, rows, classes, expressive) for layer, values in sorted(rows.attention_cosines.items())
         },
     }
+    if rows.measures:
+        metrics["measures"] = {name: _measure_summary(values, rows.labels, classes) for name, values in rows.measures.items()}
+    return metrics
 
 
 def _accuracy(labels: Ints, predicted: Ints, classes: Sequence[str]) -> dict[str, Any]:
@@ -80,5 +84,19 @@ def _cosine_summary(values: Floats, rows: Rows, classes: Sequence[str], expressi
         "samples": sum(entry["samples"] for entry in per_class.values()),
         "without_map": without,
         "missing_classes": missing,
+        "per_class": per_class,
+    }
+
+
+def _measure_summary(values: Floats, labels: Ints, classes: Sequence[str]) -> dict[str, Any]:
+    """Mean per class over the samples that count (those not NaN), then the plain mean over the classes that have any."""
+    per_class: dict[str, Any] = {}
+    for label, name in enumerate(classes):
+        counted = values[(labels == label) & ~np.isnan(values)].astype(np.float64)
+        per_class[name] = {"samples": len(counted), "mean": float(counted.mean()) if len(counted) else None}
+    means = [entry["mean"] for entry in per_class.values() if entry["mean"] is not None]
+    return {
+        "macro": float(np.mean(means)) if means else None,
+        "samples": sum(entry["samples"] for entry in per_class.values()),
         "per_class": per_class,
     }

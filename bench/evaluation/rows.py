@@ -17,6 +17,8 @@ from bench.data.atomic import atomic_file
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
+_MEASURE = "measure_"
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
@@ -35,6 +37,8 @@ class Rows:
     """Cosine of the map of the true class."""
     map_cosines_predicted: Floats
     """Cosine of the map of the predicted class with the AU map of the true one."""
+    measures: Mapping[str, Floats] = dataclasses.field(default_factory=dict)
+    """Column of an optional measure -> (N,), NaN where a sample does not count; see `bench.evaluation.measures`."""
 
     @property
     def predicted(self) -> Ints:
@@ -54,6 +58,7 @@ def write_rows(path: Path, rows: Rows) -> None:
         "map_cosine_true": rows.map_cosines_true,
         "map_cosine_predicted": rows.map_cosines_predicted,
         **{f"attention_cosine_{layer}": values for layer, values in sorted(rows.attention_cosines.items())},
+        **{f"{_MEASURE}{name}": values for name, values in rows.measures.items()},
     }
     with atomic_file(path) as file:
         pq.write_table(pa.table(columns), file, compression="zstd")
@@ -79,6 +84,7 @@ def read_rows(path: Path) -> Rows:
             attention_cosines={int(c.removeprefix(prefix)): table[c].to_numpy() for c in table.column_names if c.startswith(prefix)},
             map_cosines_true=table["map_cosine_true"].to_numpy(),
             map_cosines_predicted=table["map_cosine_predicted"].to_numpy(),
+            measures={c.removeprefix(_MEASURE): table[c].to_numpy() for c in table.column_names if c.startswith(_MEASURE)},
         )
     except (pa.ArrowException, KeyError) as error:
         raise ValueError(f"{path} is not a file of rows: {error}") from error
@@ -91,8 +97,9 @@ def read_columns(path: Path, columns: Sequence[str]) -> Mapping[str, npt.NDArray
         ValueError: the file is damaged, or a column is missing (``person`` is -1 throughout in rows written before it was known).
     """
     try:
-        names = pq.read_schema(path).names
-        table = pq.read_table(path, columns=[name for name in columns if name in names], use_threads=False)
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            table = file.read(columns=[name for name in columns if name in names], use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a file of rows: {error}") from error
     lacking = [name for name in columns if name not in names and name != "person"]

@@ -52,8 +52,8 @@ class _Kind:
 
     training: dict[str, float] = dataclasses.field(default_factory=dict)
     """By training key: each training once, however many cells it served."""
-    evaluation: dict[str, list[float]] = dataclasses.field(default_factory=lambda: defaultdict(list))
-    """By method. A pass over the test split serves several methods at once; each is noted with the cost of the whole pass."""
+    evaluation: dict[tuple[Any, ...], list[float]] = dataclasses.field(default_factory=lambda: defaultdict(list))
+    """By `_reading`. A pass over the test split serves several methods at once; each is noted with the cost of the whole pass."""
 
 
 class History:
@@ -70,7 +70,8 @@ class History:
             device, cost = str(record.hardware["name"]), record.cost
             entry = self._kinds[device, kind]
             entry.training[record.training_key] = cost["training_processes"] / cost["training_images_per_second"]
-            entry.evaluation[record.cell.method].append(record.hardware["processes"] / cost["evaluation_images_per_second"])
+            reading = _reading(record.cell.method, record.evaluation)
+            entry.evaluation[reading].append(record.hardware["processes"] / cost["evaluation_images_per_second"])
             self._keys[device].add(record.training_key)
             self._types[device] = record.hardware["device"]
 
@@ -94,11 +95,12 @@ class History:
         """
         training, cells = planned
         kind = self._kinds.get((device, _kind_of_training(training)))
-        if kind is None or not all(cell.method in kind.evaluation for cell in cells):
+        readings = [_reading(cell.method, cell.evaluation) for cell in cells]
+        if kind is None or not all(reading in kind.evaluation for reading in readings):
             return None
         train, epochs = TrainConfig.model_validate(training.settings["train"]), training.settings["train"]["epochs"]
         pictures = epochs * (training.dataset.samples["train"] // train.batch_size) * train.batch_size
-        slowest = max((statistics.median(kind.evaluation[cell.method]) for cell in cells), default=0.0)
+        slowest = max((statistics.median(kind.evaluation[reading]) for reading in readings), default=0.0)
         return Estimate(
             training_seconds=0.0 if trained else statistics.median(kind.training.values()) * pictures / processes,
             evaluation_seconds=slowest * training.dataset.samples["test"] / processes,
@@ -226,6 +228,12 @@ def schedule(seconds: Sequence[float], *, groups: int) -> tuple[list[int], float
         chosen.append(group)
         heapq.heappush(free, (begin + duration, group))
     return chosen, max(end for end, _ in free)
+
+
+def _reading(method: str, evaluation: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of an evaluation decides its cost: the method, and the optional measures with their number of samples."""
+    measures = tuple(evaluation.get("measures", ()))
+    return (method, measures, evaluation.get("measure_samples", 0) if measures else 0)
 
 
 def _kind_of_training(training: Training) -> str:

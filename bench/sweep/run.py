@@ -21,9 +21,9 @@ from bench.config import Settings
 from bench.data.batch import Reader
 from bench.data.index import Index, hash_keys
 from bench.data.readers import open_reader
-from bench.evaluation.evaluator import accuracy, evaluate
+from bench.evaluation.evaluator import Evaluated, accuracy, count_macs, evaluate
+from bench.evaluation.measures import choice_of
 from bench.evaluation.metrics import compute_metrics
-from bench.evaluation.rows import Rows
 from bench.matrix import Cell, Planned, Training
 from bench.method import Classifier
 from bench.sweep.attempts import given_up, noted
@@ -34,7 +34,7 @@ from bench.sweep.lease import Holder, Lease, Leases
 from bench.sweep.plan import Plan
 from bench.sweep.progress import LeaseObserver
 from bench.sweep.record import CellName, DataFacts, Record, code_facts, hardware_facts
-from bench.sweep.store import Store
+from bench.sweep.store import Hashes, Store
 from bench.training.agreement import same_everywhere
 from bench.training.build import build_reader
 from bench.training.checkpoint import hash_weights
@@ -46,6 +46,8 @@ from bench.training.trainer import load_trained, read_trained, train
 _log = logging.getLogger(__name__)
 
 
+_PLACES = ("results", "data")
+"""Keys of ``[run]`` that no record needs."""
 WAIT_SECONDS = 2.0
 """Between looks at trainings that another run is working on."""
 
@@ -295,6 +297,7 @@ class _Sweep:
                 classifier = load_trained(training, folder, num_classes=len(source.index.classes)).to(engine.device)
                 test = self.readers.open(training, "test")
                 weights = hash_weights(classifier)
+                macs = count_macs(classifier, size=training.settings["images"]["size"], device=engine.device)
             groups = [cells]
             errors: dict[str, str] = {}
             while groups:
@@ -311,7 +314,7 @@ class _Sweep:
                     continue
                 for cell in group:
                     try:
-                        self._write(cell, results[cell.method], seconds=seconds, weights=weights, index=source.index)
+                        self._write(cell, results[cell.method], seconds=seconds, macs=macs, weights=weights, index=source.index)
                     except Exception as error:  # noqa: BLE001 - a full disk, most likely
                         errors |= self._fail((cell,), error)
             return errors
@@ -322,8 +325,8 @@ class _Sweep:
 
     def _evaluate(
         self, training: Training, cells: tuple[Cell, ...], classifier: Classifier, index: Index, reader: Reader, observer: Observer
-    ) -> tuple[dict[str, Rows], float]:
-        """Rows by method, and the seconds it took."""
+    ) -> tuple[dict[str, Evaluated], float]:
+        """Results by method, and the seconds it took."""
         started = time.monotonic()
         config = self.settings.config.evaluation
         results = evaluate(
@@ -333,21 +336,25 @@ class _Sweep:
             size=training.settings["images"]["size"],
             batch_size=config.batch_size,
             au_variant=config.au_maps,
+            attention_layer=_attention_layer(training, self.settings, classifier),
             keys_sha256=index.splits["test"].keys_sha256,
             engine=self.engine,
             observer=observer,
             label=_evaluation_label(training),
+            measures=choice_of(cells[0]),
         )
         return results, time.monotonic() - started
 
-    def _write(self, cell: Cell, rows: Rows, *, seconds: float, weights: str, index: Index) -> None:
+    def _write(self, cell: Cell, result: Evaluated, *, seconds: float, macs: int, weights: str, index: Index) -> None:
         with self.engine.together():
             if self.engine.is_main:
                 assert self._lease is not None
                 self._lease.confirm()
                 trained = read_trained(self.store.training_folder(cell.training))
-                facts = _Facts(settings=self.settings, index=index, engine=self.engine, seconds=seconds, weights=weights, trained=trained)
-                self.store.write(cell, rows, lambda rows_sha256: _record(cell, rows, facts, rows_sha256=rows_sha256))
+                facts = _Facts(
+                    settings=self.settings, index=index, engine=self.engine, seconds=seconds, macs=macs, weights=weights, trained=trained
+                )
+                self.store.write(cell, result.rows, result.maps, lambda hashes: _record(cell, result, facts, hashes=hashes))
 
     def _fail(self, cells: tuple[Cell, ...], error: Exception) -> dict[str, str]:
         """Record why cells failed; cell label -> error. Lets go of what the failed work held in memory.
@@ -410,17 +417,23 @@ class _Facts:
     index: Index
     engine: Engine
     seconds: float
+    """Of the evaluation, for all cells of the training."""
+    macs: int
     weights: str
     """sha256."""
     trained: Mapping[str, Any]
     """`read_trained`."""
 
 
-def _record(cell: Cell, rows: Rows, facts: _Facts, *, rows_sha256: str) -> Record:
-    training, index, config, trained = cell.training, facts.index, facts.settings.config, facts.trained
-    guided = (
-        training.settings.get("guidance", {}).get("layers") or config.guidance.layers or BACKBONES.get(training.backbone).info.guided_layers
-    )
+def _attention_layer(training: Training, settings: Settings, classifier: Classifier) -> int:
+    """The (first) guided layer, or the one guidance would take; what is configured may be meant for another backbone of the run."""
+    configured = [layer for layer in settings.config.guidance.layers if layer in classifier.backbone.channels]
+    guided = training.settings.get("guidance", {}).get("layers") or configured
+    return int((guided or BACKBONES.get(training.backbone).info.guided_layers)[0])
+
+
+def _record(cell: Cell, result: Evaluated, facts: _Facts, *, hashes: Hashes) -> Record:
+    training, index, config, trained, rows = cell.training, facts.index, facts.settings.config, facts.trained, result.rows
     expressive = (expression_ids(index.classes) > 0).tolist()
     return Record(
         key=cell.key,
@@ -437,8 +450,9 @@ def _record(cell: Cell, rows: Rows, facts: _Facts, *, rows_sha256: str) -> Recor
         settings=dict(training.settings),
         brought=dict(training.brought),
         evaluation=dict(cell.evaluation),
-        config=config.model_dump(mode="json"),
-        origins=dict(facts.settings.origins),
+        # Where things lie on this machine decides nothing and is nobody else's business.
+        config=config.model_dump(mode="json", exclude={"run": set(_PLACES)}),
+        origins={key: origin for key, origin in facts.settings.origins.items() if key not in {f"run.{name}" for name in _PLACES}},
         data=DataFacts(
             entry=index.entry,
             fingerprint=index.fingerprint,
@@ -449,24 +463,27 @@ def _record(cell: Cell, rows: Rows, facts: _Facts, *, rows_sha256: str) -> Recor
             bad_pictures=len(index.bad_pictures),
             provenance=index.provenance,
         ),
-        attention_layer=guided[0],
+        attention_layer=result.attention_layer,
         metrics=compute_metrics(rows, classes=index.classes, expressive=expressive),
-        invariance=None,
+        invariance=dict(result.invariance),
         selection=dict(trained["best"]),
         epochs=trained["epochs"],
         weights_sha256=facts.weights,
-        rows_sha256=rows_sha256,
-        maps_sha256=None,
+        rows_sha256=hashes.rows,
+        maps_sha256=hashes.maps,
         code=code_facts(),
         hardware=hardware_facts(facts.engine.device, world_size=facts.engine.world_size),
         cost={
             "parameters": trained["parameters"],
+            "macs": facts.macs,
             "training_seconds": trained["seconds"],
             "training_images_per_second": trained["images_per_second"],
             "training_peak_memory_bytes": trained["peak_memory_bytes"],
             "training_processes": trained["world_size"],
             "evaluation_seconds": facts.seconds,
             "evaluation_images_per_second": len(rows.keys) / facts.seconds,
+            "evaluation_peak_memory_bytes": result.peak_memory_bytes,
+            "map_seconds_per_image": result.map_seconds_per_image,
         },
         seeds={"seed": training.seed, **{role: training.derived_seed(role) for role in ("init", "data", "step")}},
         finished=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -483,7 +500,8 @@ class _Readers:
         self._open: dict[str, Reader] = {}
 
     def source(self, training: Training) -> Source:
-        return self._plan.sources[training.dataset.name]
+        # The plan's names are those given, which may be paths.
+        return next(source for source in self._plan.sources.values() if source.reference() == training.dataset)
 
     def open(self, training: Training, split: str) -> Reader:
         if training.dataset.name != self._dataset:

@@ -2,7 +2,8 @@
 
 ::
 
-    <results>/cells/<dataset>/<backbone>/<method>/<guidance>/seed0-<hash>/{record.json, samples.parquet, DONE}
+    <results>/cells/<dataset>/<backbone>/<method>/<guidance>/seed0-<hash>/{record.json, samples.parquet, maps.safetensors, DONE}
+                                                                and VERIFIED.json, see `bench.sweep.stamp`
     <results>/trainings/<hash>/{checkpoints/, best/, trained.json}
     <results>/failures/<same path as the cell>.json
     <results>/leases/<hash>.1.json                              who works on what right now, see `bench.sweep.lease`
@@ -16,9 +17,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.data.atomic import PARTIAL_SUFFIX, fsync_folder, write_bytes_atomic, write_json_atomic
+from bench.evaluation.averages import AverageMaps, write_average_maps
 from bench.evaluation.rows import Rows, read_rows, write_rows
 from bench.matrix import Cell, Planned, Training
 from bench.sweep.record import Record, parse_record
@@ -27,6 +29,14 @@ from bench.training.checkpoint import hash_file
 DONE = "DONE"
 RECORD = "record.json"
 ROWS = "samples.parquet"
+MAPS = "maps.safetensors"
+
+
+class Hashes(NamedTuple):
+    """sha256 of the files beside a record."""
+
+    rows: str
+    maps: str
 
 
 class Store:
@@ -57,15 +67,16 @@ class Store:
         path = self.training_folder(training) / "trained.json"
         return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["training"] == training.key
 
-    def write(self, cell: Cell, rows: Rows, make_record: Callable[[str], Record]) -> Path:
-        """Write a finished cell: rows and record beside its final place, rename, marker last; forget an earlier failure.
+    def write(self, cell: Cell, rows: Rows, maps: AverageMaps, make_record: Callable[[Hashes], Record]) -> Path:
+        """Write a finished cell: rows, maps and record beside its final place, rename, marker last; forget an earlier failure.
 
         After an error, a full disk for one, nothing of it is left.
 
         Args:
             cell: whose result it is; not finished yet.
             rows: its per-sample rows.
-            make_record: gives the record, from the sha256 of the file of rows.
+            maps: its average maps.
+            make_record: gives the record, from the hashes of the files beside it.
         """
         final = self.cell_folder(cell)
         assert not (final / DONE).exists(), f"{final} is finished: it is never written again"
@@ -73,7 +84,8 @@ class Store:
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
         try:
             write_rows(temporary / ROWS, rows)
-            record = make_record(hash_file(temporary / ROWS))
+            write_average_maps(temporary / MAPS, maps)
+            record = make_record(Hashes(rows=hash_file(temporary / ROWS), maps=hash_file(temporary / MAPS)))
             write_bytes_atomic(temporary / RECORD, (record.model_dump_json(indent=2) + "\n").encode())
             temporary.chmod(0o755)
             if final.exists():

@@ -157,7 +157,7 @@ def test_symmetric_map_does_not_depend_on_the_resolution(seed, frame):
 @pytest.mark.parametrize(("variant", "scales"), [("symmetric", True), ("official", False)])
 def test_only_symmetric_radii_are_half_as_large_in_a_face_half_as_large(variant, scales):
     points = faces(3).permute(2, 1, 0).float()
-    table = module._table(variant, 224, False, points.device)
+    table = module._table(variant, 224, "expressions", points.device)
     _, radius = module._ellipses(points, table, frame=224, variant=variant)
     _, half = module._ellipses(points / 2 + 50, table, frame=224, variant=variant)
     assert torch.allclose(half, radius / 2, rtol=1e-4) == scales

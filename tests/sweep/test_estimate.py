@@ -25,7 +25,7 @@ def plan_of(project, monkeypatch):
     return make
 
 
-def record(planned, *, seconds_per_picture, evaluation=0.5, processes=1, device="gpu", kind="cuda", method=None, key=None):
+def record(planned, *, seconds_per_picture, evaluation=0.5, processes=1, device="gpu", kind="cuda", method=None, key=None, measures=()):
     """What a finished cell of this training would say, as far as estimates look."""
     training = planned.training
     return SimpleNamespace(
@@ -35,6 +35,7 @@ def record(planned, *, seconds_per_picture, evaluation=0.5, processes=1, device=
         training_options=training.method_options,
         backbone_options=training.backbone_options,
         settings=training.settings,
+        evaluation={"measures": list(measures)},
         hardware={"name": device, "device": kind, "processes": processes},
         cost={
             "training_processes": processes,
@@ -126,6 +127,18 @@ def test_a_forecast_counts_device_hours_and_names_what_it_does_not_know(plan_of)
     assert told.device_hours == pytest.approx(2 * each * 4 / 3600)
     assert told.wall_seconds == pytest.approx(each)
     assert sorted(told.group.values()) == [0, 1]
+
+
+def test_an_evaluation_with_measures_is_estimated_from_such_evaluations_alone(plan_of):
+    (planned,) = plan_of().to_do
+    measuring = plan_of("evaluation.measures=['deletion']")
+    history = [record(planned, seconds_per_picture=1, evaluation=0.5)]
+    assert estimated(History(history), measuring) == [None]
+    history.append(record(planned, seconds_per_picture=1, evaluation=3.0, measures=("deletion",)))
+    (found,) = estimated(History(history), measuring)
+    assert found.evaluation_seconds == pytest.approx(27 * 3.0)
+    (found,) = estimated(History(history), plan_of())
+    assert found.evaluation_seconds == pytest.approx(27 * 0.5)
 
 
 def test_a_real_run_is_the_estimate_of_the_next(go, project, bench_here):

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.sweep.store import read_cell_rows, read_records
+from bench.evaluation.averages import read_average_maps
+from bench.sweep.store import MAPS, read_cell_rows, read_records
 
 FEW = ["--guidance", "au", "--seeds", "0"]
 
@@ -64,6 +65,11 @@ def test_two_processes_evaluate_the_same_weights_to_the_last_sample(project, run
     np.testing.assert_allclose(rows_one.logits, rows_two.logits, atol=1e-5)
     np.testing.assert_allclose(rows_one.map_cosines_true, rows_two.map_cosines_true, atol=1e-5)
     assert one.metrics["cl"] == two.metrics["cl"]
+    assert two.invariance["holds"]
+    maps_one, maps_two = (read_average_maps(next((project / name).rglob(MAPS))) for name in ("one", "two"))
+    np.testing.assert_array_equal(maps_one.count, maps_two.count)
+    np.testing.assert_allclose(maps_one.map.astype(int), maps_two.map.astype(int), atol=1)
+    np.testing.assert_allclose(maps_one.example_map.astype(int), maps_two.example_map.astype(int), atol=1)
 
 
 @pytest.mark.dist

@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 
+from bench.config import load_settings
 from bench.evaluation.metrics import compute_metrics
 from bench.method import METHODS
 from bench.methods.cam import CAM
 from bench.sweep import run as run_module
+from bench.sweep.plan import make_plan
 from bench.sweep.store import read_cell_rows, read_records
 from bench.training import trainer
 
@@ -44,6 +46,13 @@ def test_running_again_does_nothing(go, results):
     assert {path: path.stat().st_mtime_ns for path in results.rglob("*") if path.is_file()} == before
 
 
+def test_a_dataset_may_be_given_by_its_folder(go):
+    go(run__guidance=["none"])  # prepares it
+    (source,) = make_plan(load_settings(environ={}, flags={})).sources.values()
+    outcome = go(run__guidance=["none"], run__datasets=[str(source.folder)], run__results="others")
+    assert (len(outcome.ran), outcome.failed) == (1, {})
+
+
 def test_only_what_is_missing_is_done(go, results):
     go(run__guidance=["none"])
     outcome = go(run__seeds=[0, 1])
@@ -67,6 +76,7 @@ def test_the_same_run_twice_gives_the_same_weights_and_rows(go, results, tmp_pat
     go(run__results=tmp_path / "again")
     for a, b in zip(first, records(tmp_path / "again"), strict=True):
         assert (a.weights_sha256, a.rows_sha256, a.metrics) == (b.weights_sha256, b.rows_sha256, b.metrics)
+        assert (a.maps_sha256, a.invariance) == (b.maps_sha256, b.invariance)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
@@ -197,6 +207,12 @@ def test_the_test_selected_protocol_selects_on_test_and_says_so(go, results):
     assert record.selection["accuracy"] == pytest.approx(record.metrics["cl"]["accuracy"])
 
 
+def test_a_layer_that_a_network_without_guidance_lacks_leaves_it_its_own(go, results):
+    outcome = go(run__guidance=["none"], guidance__layers=[9])
+    assert outcome.failed == {}
+    assert records(results)[0].attention_layer == 5
+
+
 def test_accumulated_micro_batches_give_the_losses_of_the_whole_batch(go, results, tmp_path):
     go(run__guidance=["au"], run__results=tmp_path / "whole")
     go(run__guidance=["au"], run__results=tmp_path / "parts", train__accumulate=3)
@@ -217,12 +233,8 @@ def test_bf16_trains_and_evaluates_in_float32(go, results):
 
 
 def test_the_gallery_shows_faces_au_maps_and_the_maps_of_all_trained_cells(go, results):
-    import numpy as np
-
-    from bench.config import load_settings
     from bench.data.readers import open_reader
     from bench.reporting.gallery import choose_faces, draw_gallery
-    from bench.sweep.plan import make_plan
 
     go(run__guidance=["none"])
     plan = make_plan(load_settings(environ={}, flags={"run.guidance": ["none", "au"]}))

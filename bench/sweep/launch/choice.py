@@ -85,8 +85,8 @@ def choose(wanted: Wanted, *, devices: int, world: World | None, slurm_tasks_her
     if wanted.procs_per_training is not None:
         if wanted.nnodes > 1 or wanted.rdzv_endpoint is not None:
             raise ValueError(
-                "--procs-per-training runs several trainings beside each other within a node, --nnodes one training over several: drop one of "
-                "them. Nodes that share a results folder need no meeting point: start the same command without --nnodes on each"
+                "--procs-per-training runs several trainings beside each other within a node, --nnodes one training over several: drop one "
+                "of them. Nodes that share a results folder need no meeting point: start the same command without --nnodes on each"
             )
         return _groups(wanted.procs_per_training, nproc)
     endpoint = _endpoint(wanted)

@@ -1,0 +1,46 @@
+"""Orders of the pixels of maps, for whole batches; what is equal is treated alike or at least without a pattern."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def relevance_ranks(maps: Tensor) -> Tensor:
+    """Place of every pixel from the most relevant, 0, to the least: (B, S, S) -> (B, S, S) int64.
+
+    Equal pixels, such as all those that a ReLU has put to zero, come in one scattered order, the same for all maps of this size: in the
+    order of memory they would go row by row, and that the forehead comes before the chin is not what the map says. A constant map
+    therefore gives a random order of the pixels.
+    """
+    flat = maps.flatten(1)
+    scatter = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(0)).to(maps.device)
+    order = scatter[flat[:, scatter].argsort(dim=1, descending=True, stable=True)]
+    places = torch.arange(flat.shape[1], device=maps.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places).view(maps.shape)
+
+
+def last_of_equals(ordered: Tensor) -> Tensor:
+    """For each value of sorted rows (B, N) the place of the last one that equals it, (B, N) int64."""
+    count = ordered.shape[1]
+    places = torch.arange(count, device=ordered.device).expand_as(ordered)
+    ends = torch.ones_like(places, dtype=torch.bool)
+    ends[:, :-1] = ordered[:, 1:] != ordered[:, :-1]
+    return places.where(ends, count).flip(1).cummin(dim=1).values.flip(1)
+
+
+def spearman(first: Tensor, second: Tensor) -> Tensor:
+    """Spearman's rank correlation of each pair of maps, (B, h, w) each, equal values with their mean rank: (B,); NaN if one is constant."""
+    ranks = [_mean_ranks(maps.flatten(1)) for maps in (first, second)]
+    centred = [rank - rank.mean(dim=1, keepdim=True) for rank in ranks]
+    spread = (centred[0].square().sum(dim=1) * centred[1].square().sum(dim=1)).sqrt()
+    return (centred[0] * centred[1]).sum(dim=1) / spread.masked_fill(spread == 0, float("nan"))
+
+
+def _mean_ranks(values: Tensor) -> Tensor:
+    """Ranks of rows (B, N) as shares of N, so that their squares stay small."""
+    ordered, order = values.sort(dim=1)
+    last = last_of_equals(ordered)
+    first = values.shape[1] - 1 - last_of_equals(ordered.flip(1)).flip(1)
+    ranks = (first + last).to(values.dtype) / (2 * values.shape[1])
+    return torch.empty_like(ranks).scatter_(1, order, ranks)

@@ -1,0 +1,91 @@
+"""Faces for the site's gallery, out of prepared data, where they may be shown."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bench.au.codebook import REFERENCE_FRAME
+from bench.au.maps import action_unit_maps, expression_ids
+from bench.data.index import INDEX_NAME, Index, load_index
+from bench.data.sheet import read_sample
+from bench.data.transforms import eval_landmarks
+from bench.dataset import DATASETS
+from bench.evaluation.averages import SIDE, Bytes
+from bench.sweep.record import Record
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Faces:
+    """E faces of a test split."""
+
+    pictures: tuple[npt.NDArray[np.uint8], ...]
+    """Each (S, S, 3), as stored."""
+    au_maps: Bytes
+    """(E, 32, 32)."""
+    has_au_map: tuple[bool, ...]
+
+
+class Prepared:
+    """The prepared datasets below a folder, found by what is in them, not by their name."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._found: dict[str, tuple[Path, Index]] | None = None
+
+    def find(self, fingerprint: str) -> tuple[Path, Index] | None:
+        """Folder and index of the dataset with this fingerprint."""
+        if self._found is None:
+            self._found = {}
+            for path in sorted(self.root.glob(f"*/{INDEX_NAME}")):
+                index = load_index(path.parent)
+                self._found[index.fingerprint] = (path.parent, index)
+        return self._found.get(fingerprint)
+
+
+def load_faces(prepared: Prepared, record: Record, positions: Sequence[int], *, allow: bool) -> Faces | str:
+    """The test faces at these positions, or, in words, why they are not shown.
+
+    Args:
+        prepared: where to look.
+        record: of a cell that was tested on them.
+        positions: in its test split.
+        allow: show pictures that the project did not draw itself, too; their licences mostly forbid to publish them.
+
+    Raises:
+        ValueError: a prepared dataset is damaged.
+    """
+    if not (allow or _is_embedded(record.data.entry)):
+        return f"The faces are not shown: pictures of {record.cell.dataset} are not ours to publish."
+    found = prepared.find(record.data.fingerprint)
+    if found is None:
+        return f"The faces are not shown: the prepared data ({record.data.fingerprint[:8]}) were not at hand when this page was made."
+    folder, index = found
+    # What the folder itself says counts: a record can claim any entry.
+    if not (allow or _is_embedded(index.entry)):
+        return f"The faces are not shown: pictures of {index.name} are not ours to publish."
+    split = index.splits[record.data.split]
+    located = [(shard, member) for shard in split.shards for member in shard.members]
+    samples = [(read_sample(folder, *located[position]), located[position][1].label) for position in positions]
+    points = np.stack([np.full((68, 2), np.nan) if sample.landmarks is None else sample.landmarks for sample, _ in samples])
+    maps, valid = action_unit_maps(
+        eval_landmarks(torch.from_numpy(points).float(), stored=index.image_size, size=REFERENCE_FRAME),
+        expression_ids(index.classes)[[label for _, label in samples]],
+        frame=REFERENCE_FRAME,
+        size=SIDE,
+        variant=record.evaluation["au_maps"],
+    )
+    return Faces(
+        pictures=tuple(np.asarray(sample.image) for sample, _ in samples),
+        au_maps=(maps * 255).round().byte().numpy(),
+        has_au_map=tuple(valid.tolist()),
+    )
+
+
+def _is_embedded(entry: str) -> bool:
+    return entry in DATASETS and DATASETS.get(entry).info.embedded

@@ -1,0 +1,77 @@
+"""Puts a whole site in place of the last one, and touches nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench.data.atomic import fsync_folder, write_json_atomic
+
+MARKER = ".bench-site.json"
+"""Says that a folder is a site, and which files are its own."""
+
+
+def check_site_folder(out: Path) -> None:
+    """See that a site may be put there.
+
+    Raises:
+        ValueError: something that is not of a site made by this program is there; it stays as it is.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"--site {out}: a file is there; give a folder")
+    there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if not there:
+        return
+    marker = out / MARKER
+    if not marker.is_file():
+        raise ValueError(
+            f"--site {out}: the folder is not empty and not a site made by bench publish; give another one, or empty it yourself"
+        )
+    try:
+        own = set(json.loads(marker.read_text(encoding="utf-8"))["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--site {out}: its {MARKER} is damaged, so that nobody knows what is whose; give another folder") from error
+    foreign = sorted(there - own - {MARKER})
+    if foreign:
+        raise ValueError(f"--site {out}: {foreign[0]} is not of the site that is there ({len(foreign)} such files); move it away first")
+
+
+@contextmanager
+def fresh_site(out: Path) -> Iterator[Path]:
+    """Give an empty folder to write a site in; when the block ends without an exception it takes the place of ``out``.
+
+    A reader of the old site finds it whole until then. After an error ``out`` is as it was.
+
+    Raises:
+        ValueError: see `check_site_folder`.
+        OSError: the parent is not writable, or the disk is full.
+    """
+    out = out.resolve()
+    check_site_folder(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    old = work / "old"
+    try:
+        new = work / "new"
+        new.mkdir()
+        yield new
+        files = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
+        write_json_atomic(new / MARKER, {"made_by": "bench publish --site", "files": files})
+        check_site_folder(out)
+        if out.exists():
+            out.rename(old)
+        try:
+            new.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+        fsync_folder(out.parent)
+    finally:
+        shutil.rmtree(work)

@@ -1,0 +1,314 @@
+"""Records -> the files of a site."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+from shutil import copytree
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+import bench
+from bench.evaluation.averages import SIDE, AverageMaps, Bytes
+from bench.evaluation.statistics import LEVEL
+from bench.reporting.evidence import METRICS, Metric, Run, load_samples
+from bench.reporting.leaderboard import GUIDANCE, GUIDANCE_TITLES, TITLES, Row, Stat, Table, build_tables, figure
+from bench.reporting.ranking import rank
+from bench.reporting.render import caption, grids, render, show
+from bench.reporting.site import pages
+from bench.reporting.site.average_maps import maps_of
+from bench.reporting.site.faces import Prepared, load_faces
+from bench.reporting.site.figures import CURVES, SCALE, Picture, draw_curves, draw_faces, draw_strip, tile_size
+from bench.reporting.site.folder import check_site_folder, fresh_site
+from bench.sweep.record import Record
+from bench.sweep.stamp import is_verified
+from bench.sweep.store import ROWS, read_records
+
+DOWNLOADS = (
+    ("leaderboard.csv", "CSV", "csv"),
+    ("leaderboard.json", "JSON", "json"),
+    ("leaderboard.md", "Markdown", "md"),
+    ("leaderboard.tex", "LaTeX", "latex"),
+)
+_TILE = tile_size(SIDE)
+
+
+def write_site(results: Path, out: Path, *, data: Path, faces: bool = False) -> int:
+    """Make a site of all finished records below a folder.
+
+    Args:
+        results: the folder.
+        out: where the site goes: a new or empty folder, or one with a site that this function made.
+        data: folder of prepared datasets, for the faces of the gallery.
+        faces: show faces that the project did not draw itself, too.
+
+    Returns:
+        Number of pages.
+
+    Raises:
+        ValueError: there is no record, one cannot be read or was changed, or something else is in ``out``.
+        OSError: ``out`` cannot be written.
+    """
+    check_site_folder(out)
+    found = list(read_records(results))
+    if not found:
+        raise ValueError(f"no finished cells in {results} yet; first: bench run --results {results}")
+    runs = [Run(record=record, samples=load_samples(folder / ROWS, record), verified=is_verified(folder)) for folder, record in found]
+    tables = build_tables(runs)
+    site = _Site(found, runs, tables, prepared=Prepared(data), faces=faces)
+    with fresh_site(out) as folder:
+        return site.write(folder)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Cell:
+    """A record with what its page needs beside it."""
+
+    run: Run
+    maps: AverageMaps | None
+
+    @property
+    def record(self) -> Record:
+        return self.run.record
+
+
+class _Site:
+    def __init__(
+        self, found: Sequence[tuple[Path, Record]], runs: Sequence[Run], tables: Sequence[Table], *, prepared: Prepared, faces: bool
+    ) -> None:
+        self._folders: dict[str, Path] = {}
+        for folder, record in found:
+            if record.key in self._folders:
+                raise ValueError(f"{folder} and {self._folders[record.key]} hold the same cell: move one of them away")
+            self._folders[record.key] = folder
+        self._cells = {
+            run.record.key: _Cell(run=run, maps=maps_of(folder, run.record)) for (folder, _), run in zip(found, runs, strict=True)
+        }
+        self._tables = tables
+        self._prepared = prepared
+        self._faces = faces
+        self._templates = Environment(
+            loader=PackageLoader("bench.reporting.site"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        self._templates.filters["marks"] = _marks
+        self._courses: dict[str, list[Picture]] = {}
+        self._pages = 0
+
+    def write(self, folder: Path) -> int:
+        with as_file(files("bench.reporting.site") / "static") as static:
+            copytree(static, folder / "static")
+        for name in ("cells", "maps", "figures"):
+            (folder / name).mkdir()
+        rankings = rank(self._tables)
+        for file, _, fmt in DOWNLOADS:
+            text = render(self._tables, fmt, rankings=rankings, columns="all")
+            (folder / file).write_text(f"{text}\n", encoding="utf-8")
+        boards, written = [], set()
+        for number, table in enumerate(self._tables, start=1):
+            maps = pages.maps_page(number, table)
+            has_maps = self._write_maps(folder, table, maps)
+            _, *further = grids([table], [], reference=None, columns="all", style=pages.STYLE)
+            boards.append(
+                {
+                    "title": table.title,
+                    "maps": maps if has_maps else None,
+                    "caption": caption(table, style=pages.STYLE),
+                    "heads": pages.board_heads(),
+                    "methods": list(dict.fromkeys(row.title for row in table.rows)),
+                    "backbones": table.backbones,
+                    "further": further,
+                    "rows": [pages.board_row(row, {key: self._cells[key].record for key in row.keys}) for row in table.rows],
+                }
+            )
+            for row in table.rows:
+                for key in row.keys:
+                    if key not in written:
+                        written.add(key)
+                        self._write_cell(folder, row, self._cells[key])
+        ranked = list(grids([], rankings, reference=None, columns="all", style=pages.STYLE))
+        self._page(
+            folder,
+            "index.html",
+            "index.html",
+            level=f"{LEVEL:.0%}",
+            boards=boards,
+            ranked=ranked,
+            downloads=[(file, words) for file, words, _ in DOWNLOADS],
+        )
+        return self._pages
+
+    def _page(self, folder: Path, template: str, file: str, **values: object) -> None:
+        text = self._templates.get_template(template).render(root="../" * file.count("/"), version=bench.__version__, **values)
+        (folder / file).write_text(text, encoding="utf-8")
+        self._pages += 1
+
+    def _write_cell(self, folder: Path, row: Row, cell: _Cell) -> None:
+        record = cell.record
+        try:
+            values = self._cell_values(folder, row, cell)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self._folders[record.key]}/record.json lacks what its page shows, or was changed: {error!r}") from error
+        self._page(folder, "cell.html", pages.cell_page(record), **values)
+
+    def _cell_values(self, folder: Path, row: Row, cell: _Cell) -> dict[str, object]:
+        record = cell.record
+        guidance = GUIDANCE_TITLES[record.cell.guidance]
+        members = sorted(
+            (self._cells[key] for key in row.keys), key=lambda other: (GUIDANCE.index(other.record.cell.guidance), other.record.cell.seed)
+        )
+        siblings = [
+            pages.Link(
+                href=pages.cell_page(other.record),
+                text=f"{GUIDANCE_TITLES[other.record.cell.guidance]}, seed {other.record.cell.seed}",
+                full=f"{row.title}, {GUIDANCE_TITLES[other.record.cell.guidance]}, seed {other.record.cell.seed}",
+                current=other is cell,
+            )
+            for other in members
+        ]
+        same_seed = [other for other in members if other.record.cell.seed == record.cell.seed]
+        values = {metric: figure(record.metrics, metric, layer=record.attention_layer) for metric in METRICS}
+        chosen = record.selection
+        return {
+            "title": f"{row.title}, {guidance}, {record.cell.backbone}, {record.cell.dataset}, seed {record.cell.seed}",
+            "summary": f"Protocol {record.protocol}, variant {record.variant}, {record.data.samples} test samples. "
+            + ("Verified: evaluated again from its weights." if cell.run.verified else "Self-reported."),
+            "siblings": siblings,
+            "headline": [(TITLES[metric], _figure(metric, value)) for metric, value in values.items()],
+            "maps": self._own_maps(folder, same_seed),
+            "cosines": pages.layer_cosines(record),
+            "per_class": pages.per_class(record),
+            "confusion": pages.confusion(record),
+            "selection": f"The checkpoint of epoch {chosen['epoch']} was taken: accuracy {chosen['accuracy']:.3f} on the "
+            f"{'test' if record.protocol == 'test-selected' else 'validation'} split.",
+            "curves": self._curves(folder, record),
+            "invariance": pages.invariance(record),
+            "provenance": pages.provenance(record),
+            "data_provenance": json.dumps(record.data.provenance, indent=2, ensure_ascii=False),
+            "settings": pages.settings(record),
+        }
+
+    def _curves(self, folder: Path, record: Record) -> list[Picture]:
+        # Post-hoc methods share the training, and its course.
+        if record.training_key not in self._courses:
+            pictures = self._courses[record.training_key] = []
+            for kind, names in (("loss", ("classification", "guidance")), ("accuracy", ("accuracy",))):
+                content, alt = draw_curves(record.epochs, names=names, label=kind)
+                file = f"figures/{kind}-{_name(record)}.svg"
+                (folder / file).write_bytes(content)
+                pictures.append(Picture(file=file, alt=alt, width=CURVES[0], height=CURVES[1]))
+        return self._courses[record.training_key]
+
+    def _own_maps(self, folder: Path, cells: Sequence[_Cell]) -> pages.Strips | None:
+        """The maps of one seed without and with guidance, beside the AU maps."""
+        shown = [(cell, cell.maps) for cell in cells if cell.maps is not None]
+        if not shown:
+            return None
+        record, first = shown[0][0].record, shown[0][1]
+        rows = [("AU map", self._au_strip(folder, record, first))]
+        for cell, maps in shown:
+            words = GUIDANCE_TITLES[cell.record.cell.guidance]
+            rows.append((f"Map, {words}", self._strip(folder, cell.record, maps, "map")))
+            rows.append((f"Layer {cell.record.attention_layer} attention, {words}", self._strip(folder, cell.record, maps, "attention")))
+        return pages.Strips(
+            caption="Mean over the test samples of a class: AU map, map of the true class, attention of the layer. Dark is 0, yellow is 1.",
+            heads=record.data.classes,
+            rows=tuple(rows),
+        )
+
+    def _write_maps(self, folder: Path, table: Table, file: str) -> bool:
+        """The page of all maps of a table; False if no record of it has any."""
+        lines: list[tuple[str, _Cell, AverageMaps]] = []
+        for row in table.rows:
+            for guidance in GUIDANCE:
+                mine = (self._cells[key] for key in row.keys)
+                seeds = sorted((c for c in mine if c.record.cell.guidance == guidance), key=lambda cell: cell.record.cell.seed)
+                first = next(((cell, cell.maps) for cell in seeds if cell.maps is not None), None)
+                if first is not None:
+                    name = row.title if len(table.backbones) == 1 else f"{row.title}, {row.backbone}"
+                    lines.append((f"{name}, {GUIDANCE_TITLES[guidance]}", *first))
+        if not lines:
+            return False
+        _, cell, maps = lines[0]
+        au = ("AU map", self._au_strip(folder, cell.record, maps))
+        parts = []
+        for heading, id_, kind, words in (
+            ("Average maps", "average-maps", "map", "Mean over the test samples of a class of the map of the true class."),
+            ("Average attention", "average-attention", "attention", "The same of the layer attention that ATT-COS is about."),
+        ):
+            strips = pages.Strips(
+                caption=f"{heading} per class, beside the mean map of the action units.",
+                heads=cell.record.data.classes,
+                rows=(au, *((name, self._strip(folder, c.record, m, kind)) for name, c, m in lines)),
+            )
+            parts.append((heading, id_, strips, words))
+        parts.append(self._examples(folder, lines))
+        self._page(folder, "maps.html", file, title=table.title, parts=parts)
+        return True
+
+    def _examples(self, folder: Path, lines: Sequence[tuple[str, _Cell, AverageMaps]]) -> tuple[str, str, pages.Strips, str]:
+        _, cell, maps = lines[0]
+        record, positions = cell.record, maps.example_position
+        assert cell.run.samples is not None
+        heads = tuple(record.data.classes[label] for label in cell.run.samples.labels[positions].tolist())
+        rows: list[tuple[str, Picture]] = []
+        found = load_faces(self._prepared, record, positions.tolist(), allow=self._faces)
+        words = "The first test samples of each class."
+        if isinstance(found, str):
+            words += f" {found}"
+        else:
+            name, listed = _name(record), ", ".join(heads)
+            file = f"figures/faces-{name}.jpg"
+            (folder / file).write_bytes(draw_faces(found.pictures, side=SIDE * SCALE))
+            rows.append(("Face", Picture(file=file, alt=f"Faces: {listed}.", width=len(heads) * _TILE, height=_TILE)))
+            au_alt = f"AU maps of the faces: {listed}."
+            rows.append(("AU map", self._tiles(folder, f"au-of-faces-{name}", found.au_maps, shown=found.has_au_map, alt=au_alt)))
+        for title, other, others in lines:
+            # The file of another release of the data might have chosen others: then it does not belong under these faces.
+            if np.array_equal(others.example_position, positions):
+                alt = f"{title}: maps of the true class of the faces: {', '.join(heads)}."
+                rows.append((title, self._tiles(folder, f"examples-{_name(other.record)}", others.example_map, shown=None, alt=alt)))
+        strips = pages.Strips(caption="Maps of the true class of single samples.", heads=heads, rows=tuple(rows))
+        return "Examples", "examples", strips, words
+
+    def _au_strip(self, folder: Path, record: Record, maps: AverageMaps) -> Picture:
+        shown = [bool(one.any()) for one in maps.au_map]
+        named = [name for name, there in zip(record.data.classes, shown, strict=True) if there]
+        return self._tiles(
+            folder, f"au-{_name(record)}", maps.au_map, shown=shown, alt=f"Mean maps of the action units of {', '.join(named)}."
+        )
+
+    def _strip(self, folder: Path, record: Record, maps: AverageMaps, kind: str) -> Picture:
+        layer = record.attention_layer
+        summary = record.metrics["cam_cos"]["true"] if kind == "map" else record.metrics["att_cos"][str(layer)]
+        cosines = ", ".join(f"{name} {entry['mean']:.2f}" for name, entry in summary["per_class"].items() if entry["mean"] is not None)
+        what = "Mean maps" if kind == "map" else f"Mean attention of layer {layer}"
+        alt = (
+            f"{what}, {GUIDANCE_TITLES[record.cell.guidance]}, of {', '.join(record.data.classes)}. Mean cosine with the AU map: {cosines}."
+        )
+        content: Bytes = getattr(maps, kind)
+        return self._tiles(folder, f"{kind}-{_name(record)}", content, shown=[count > 0 for count in maps.count.tolist()], alt=alt)
+
+    def _tiles(self, folder: Path, name: str, maps: Bytes, *, shown: Sequence[bool] | None, alt: str) -> Picture:
+        path = folder / f"figures/{name}.png"
+        if not path.exists():  # the page of the cell and that of all maps show the same
+            path.write_bytes(draw_strip(maps, shown=shown))
+        return Picture(file=f"figures/{name}.png", alt=alt, width=len(maps) * _TILE, height=_TILE)
+
+
+def _name(record: Record) -> str:
+    return Path(pages.cell_page(record)).stem
+
+
+def _figure(metric: Metric, value: float | None) -> str:
+    return pages.NOTHING if value is None else show(metric, Stat(values=(value,)))
+
+
+def _marks(text: str) -> Markup:
+    """Escape, then make the characters of `pages.STRONG` what they stand for."""
+    begin, end = pages.STRONG
+    return escape(text).replace(begin, Markup("<strong>")).replace(end, Markup("</strong>"))
