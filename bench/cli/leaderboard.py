@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bench.cli import options
 from bench.cli.console import table_console
+
+if TYPE_CHECKING:
+    from bench.reporting.references import Reference
+    from bench.reporting.render import Columns
 
 
 class TableFormat(StrEnum):
@@ -22,52 +26,77 @@ class TableFormat(StrEnum):
     LATEX = "latex"
 
 
+class ShownColumns(StrEnum):
+    """Which figures to print."""
+
+    METRICS = "metrics"
+    MEASURES = "measures"
+    COST = "cost"
+    ALL = "all"
+
+
 def leaderboard(
     context: typer.Context,
     results: options.Results = None,
     fmt: Annotated[TableFormat, typer.Option("--format", help="table, md, csv, json or latex.")] = TableFormat.TABLE,
+    columns: Annotated[
+        ShownColumns, typer.Option(help="metrics; with measures, cost, or all: further tables. csv and json hold everything.")
+    ] = ShownColumns.METRICS,
+    reference: Annotated[str | None, typer.Option(help="Published figures to put beside ours: paper, or a .json file.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write to a file instead.")] = None,
     config: options.ConfigFile = None,
     profile: options.Profile = None,
     sets: options.Sets = None,
     plugins: options.Plugins = None,
 ) -> None:
-    """Print the leaderboard of a results folder: without and with AU guidance side by side, mean and deviation over seeds."""
+    """Print the leaderboard of a results folder: without and with AU guidance side by side, mean and deviation over seeds.
+
+    Where two datasets share rows, a ranking over them follows.
+    """
     from bench.data.atomic import write_bytes_atomic
     from bench.reporting.evidence import load_runs
     from bench.reporting.leaderboard import build_tables
+    from bench.reporting.ranking import rank
+    from bench.reporting.references import load_reference
     from bench.reporting.render import render
 
     settings = options.settings_from(context)
     root = settings.config.run.results
+    beside = None if reference is None else load_reference(reference)
     if fmt is TableFormat.TABLE:
         if out is not None:
             raise ValueError("--out needs a file format: --format md, csv, json or latex")
-        show_tables(root)
+        show_tables(root, reference=beside, columns=columns.value)
         return
-    tables = build_tables(load_runs(_existing(root)))
-    text = render(tables, fmt)
+    tables = build_tables(load_runs(existing(root)))
+    text = render(tables, fmt.value, rankings=rank(tables), reference=beside, columns=columns.value)
     if out is None:
         typer.echo(text)
     else:
         write_bytes_atomic(out, f"{text}\n".encode())
 
 
-def show_tables(root: Path) -> None:
+def show_tables(root: Path, *, reference: Reference | None = None, columns: Columns = "metrics") -> None:
     """Print all tables of a results folder to the terminal."""
     from bench.reporting.evidence import load_runs
     from bench.reporting.leaderboard import build_tables
-    from bench.reporting.render import rich_table
+    from bench.reporting.ranking import rank
+    from bench.reporting.render import rich_tables
 
     console = table_console()
-    tables = build_tables(load_runs(_existing(root)))
+    tables = build_tables(load_runs(existing(root)))
     if not tables:
         console.print(f"no finished cells in {root} yet")
-    for table in tables:
-        console.print(rich_table(table))
+    for table in rich_tables(tables, rankings=rank(tables), reference=reference, columns=columns):
+        console.print(table)
 
 
-def _existing(root: Path) -> Path:
+def existing(root: Path) -> Path:
+    """The results folder, which must be there.
+
+    Raises:
+        FileNotFoundError: it is not; the message gives the command that makes one.
+    """
     if not root.is_dir():
         raise FileNotFoundError(f"no results folder {root}. Make one with: bench run --profile quick --results {root}")
     return root

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from bench.evaluation.statistics import (
     wilson_interval,
 )
 from bench.sweep.record import Record
+from bench.sweep.stamp import is_verified
 from bench.sweep.store import ROWS, read_records
 
 Metric = Literal["cl", "cam_cos", "att_cos"]
@@ -50,6 +51,8 @@ class Run:
 
     record: Record
     samples: Samples | None = None
+    verified: bool = False
+    """Whether the record carries the stamp of who evaluated its weights again."""
 
 
 def load_runs(root: Path) -> Iterator[Run]:
@@ -59,7 +62,7 @@ def load_runs(root: Path) -> Iterator[Run]:
         ValueError: a record or its rows cannot be read; the message names the file.
     """
     for folder, record in read_records(root):
-        yield Run(record=record, samples=load_samples(folder / ROWS, record))
+        yield Run(record=record, samples=load_samples(folder / ROWS, record), verified=is_verified(folder))
 
 
 def load_samples(path: Path, record: Record) -> Samples:
@@ -152,7 +155,10 @@ def judge(columns: Mapping[Column, Mapping[int, Sequence[Run]]]) -> Judgement:
 
 
 class _Column:
-    """One metric of all rows: means, intervals, and p values of all pairs."""
+    """One metric of all rows: means, intervals, and p values of all pairs.
+
+    There may be thousands of pairs: what they need is computed once for each row, and combined as matrices.
+    """
 
     def __init__(self, metric: Metric, rows: Mapping[int, Sequence[Run]], boot: Bootstrap) -> None:
         runs = [(row, run) for row, group in rows.items() for run in group]
@@ -163,11 +169,12 @@ class _Column:
         counted = np.ones(len(labels), dtype=bool) if plain else first.counted
         values = np.stack([_values(run, metric) for _, run in runs])
         self._replicates = boot.macro_means(values, labels, counted=counted).astype(np.float32)
-        observed = _macro(values, labels, counted)
+        self._clusters = boot.clusters
+        self._observed = macro(values, labels, counted=counted)
         self._of: dict[int, dict[int, int]] = {row: {} for row in rows}
-        for number, (row, run) in enumerate(runs):
-            self._of[row][run.record.cell.seed] = number
-        self.means = {row: float(np.mean([observed[i] for i in seeds.values()])) for row, seeds in self._of.items()}
+        for number, (row, run) in sorted(enumerate(runs), key=lambda item: item[1][1].record.cell.seed):
+            self._of[row][run.record.cell.seed] = number  # in the order of the seeds
+        self.means = {row: float(np.mean([self._observed[i] for i in seeds.values()])) for row, seeds in self._of.items()}
         self.intervals = {
             row: tuple(
                 wilson_interval(int(values[i].sum()), len(labels)) if plain else percentile_interval(self._replicates[i])
@@ -175,39 +182,69 @@ class _Column:
             )
             for row, seeds in self._of.items()
         }
-        pairs = list(itertools.combinations(sorted(rows), 2))
-        self.p_values: dict[tuple[int, int], float] = dict.fromkeys(pairs, 1.0)
+        self.p_values: dict[tuple[int, int], float] = {}
         self.discordant: list[float] = []
-        if not pairs:
-            return
-        # Pairs that share the same number of seeds are judged together: as arrays, there may be thousands.
-        by_seeds: dict[int, list[tuple[tuple[int, int], list[int], list[int]]]] = {}
-        for pair in pairs:
-            one, other = (self._of[row] for row in pair)
-            common = sorted(one.keys() & other.keys())
-            mine, theirs = ([seeds[s] for s in common] if common else list(seeds.values()) for seeds in (one, other))
-            by_seeds.setdefault(len(common), []).append((pair, mine, theirs))
-        hits = values.astype(bool) if plain else None
+        # Pairs that share the same number of seeds are judged together.
+        by_seeds: dict[int, list[_Pair]] = {}
+        for pair in itertools.combinations(sorted(rows), 2):
+            common, mine, theirs = self._common(*pair)
+            by_seeds.setdefault(common, []).append(_Pair(rows=pair, mine=mine, theirs=theirs))
         for count, group in by_seeds.items():
-            exact = None
-            if hits is not None:
-                ones, others = (np.array([entry[side][0] for entry in group]) for side in (1, 2))
-                only_one = (hits[ones] & ~hits[others]).sum(axis=1)
-                only_other = (hits[others] & ~hits[ones]).sum(axis=1)
+            p_values = self._sampling(group)
+            if plain:
+                only_one, only_other = _discordant(values, group)
                 self.discordant += ((only_one + only_other) / len(labels)).tolist()
-                exact = mcnemar(only_one, only_other) if count == 1 else None
-            found = self._sampling(group, observed, clusters=boot.clusters) if exact is None else exact
+                p_values = mcnemar(only_one, only_other) if count == 1 else p_values
             if count > 1:
-                differences = np.array([observed[mine] - observed[theirs] for _, mine, theirs in group])
-                found = np.maximum(found, seeds_p(differences))
-            self.p_values |= {entry[0]: float(p) for entry, p in zip(group, found, strict=True)}
+                p_values = np.maximum(
+                    p_values, seeds_p(self._observed[[p.mine for p in group]] - self._observed[[p.theirs for p in group]])
+                )
+            self.p_values |= {pair.rows: float(p) for pair, p in zip(group, p_values, strict=True)}
 
-    def _sampling(
-        self, group: Sequence[tuple[tuple[int, int], list[int], list[int]]], observed: npt.NDArray[np.float64], *, clusters: int
-    ) -> npt.NDArray[np.float64]:
-        differences = np.array([observed[mine].mean() - observed[theirs].mean() for _, mine, theirs in group])
-        replicates = np.stack([self._replicates[mine].mean(axis=0) - self._replicates[theirs].mean(axis=0) for _, mine, theirs in group])
-        return bootstrap_p(differences, replicates.astype(np.float64), clusters=clusters)
+    def _common(self, one: int, other: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """How many seeds two rows share, and the numbers of their runs."""
+        mine, theirs = self._of[one], self._of[other]
+        if mine.keys() != theirs.keys():
+            common = sorted(mine.keys() & theirs.keys())
+            if not common:
+                return 0, tuple(mine.values()), tuple(theirs.values())
+            mine, theirs = ({seed: seeds[seed] for seed in common} for seeds in (mine, theirs))
+        return len(mine), tuple(mine.values()), tuple(theirs.values())
+
+    def _sampling(self, group: Sequence[_Pair]) -> npt.NDArray[np.float64]:
+        """(P,) p values of the mean differences, from the bootstrap."""
+        runs, ones, others = _places([pair.mine for pair in group], [pair.theirs for pair in group])
+        means = np.array([self._observed[list(chosen)].mean() for chosen in runs])
+        replicates = np.stack([self._replicates[list(chosen)].mean(axis=0, dtype=np.float64) for chosen in runs])
+        # A replicate without any sample that counts is NaN in all rows alike. The variance of a difference is that of its parts.
+        covariance = np.atleast_2d(np.cov(replicates[:, np.isfinite(replicates[0])]))
+        variances = covariance[ones, ones] + covariance[others, others] - 2 * covariance[ones, others]
+        return bootstrap_p(means[ones] - means[others], np.sqrt(np.maximum(variances, 0)), clusters=self._clusters)
+
+
+class _Pair(NamedTuple):
+    """Two rows to be told apart, and the numbers of their runs: those of the seeds they share, all if they share none."""
+
+    rows: tuple[int, int]
+    mine: tuple[int, ...]
+    theirs: tuple[int, ...]
+
+
+_K = TypeVar("_K")
+
+
+def _places(ones: Sequence[_K], others: Sequence[_K]) -> tuple[list[_K], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """What occurs, each once, and where in it each of ``ones`` and of ``others`` stands."""
+    place = {key: i for i, key in enumerate(dict.fromkeys((*ones, *others)))}
+    return list(place), np.array([place[key] for key in ones]), np.array([place[key] for key in others])
+
+
+def _discordant(hits: npt.NDArray[np.float32], group: Sequence[_Pair]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(P,) samples on which only the first, only the second row of each pair is right, in the first seed they share."""
+    runs, ones, others = _places([pair.mine[0] for pair in group], [pair.theirs[0] for pair in group])
+    both = (hits[runs] @ hits[runs].T).round().astype(np.int64)
+    right = both.diagonal()
+    return right[ones] - both[ones, others], right[others] - both[ones, others]
 
 
 def _values(run: Run, metric: Metric) -> npt.NDArray[np.float32]:
@@ -215,7 +252,7 @@ def _values(run: Run, metric: Metric) -> npt.NDArray[np.float32]:
     return run.samples.values[metric]
 
 
-def _macro(values: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], counted: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+def macro(values: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], *, counted: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     """(M,) mean over classes of the class means of (M, N)."""
     means = [values[:, counted & (labels == label)].mean(axis=1, dtype=np.float64) for label in np.unique(labels[counted])]
     return np.asarray(np.mean(means, axis=0) if means else np.full(len(values), np.nan), dtype=np.float64)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from bench.data.index import partial_words
 from bench.evaluation.statistics import LEVEL, Interval, smallest_gap, t_interval
@@ -20,6 +20,19 @@ GUIDANCE = ("none", "au")
 PUBLISHED_ORDER = ("cam", "wildcat", "gradcam", "gradcampp", "acol", "prm", "adl", "cutmix", "layercam", "tscam", "apvit")
 """Order of the rows in Table 1 of Belharbi et al., FG 2024."""
 GUIDANCE_TITLES: Mapping[str, str] = {"none": "w/o AU", "au": "w/ AU"}
+OPTIONAL = ("measures", "measure_samples")
+"""Keys of ``evaluation`` that add to a record and change none of its other figures."""
+COSTS = (
+    "parameters",
+    "macs",
+    "training_seconds",
+    "training_images_per_second",
+    "training_peak_memory_bytes",
+    "evaluation_images_per_second",
+    "map_seconds_per_image",
+    "evaluation_peak_memory_bytes",
+)
+"""What of `Record.cost` tables show."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +73,16 @@ class Row:
     title: str
     stats: Mapping[tuple[Metric, str], Stat]
     """(metric, guidance) -> figure; absent where there is no record."""
+    keys: tuple[str, ...] = ()
+    """Keys of the records behind it, sorted."""
+    measures: Mapping[tuple[str, str], Stat] = dataclasses.field(default_factory=dict)
+    """(optional measure, guidance) -> its macro mean, where the records have it."""
+    costs: Mapping[tuple[str, str], Stat] = dataclasses.field(default_factory=dict)
+    """(one of `COSTS`, guidance) -> figure, where the records have it."""
+    verified: bool = False
+    """Whether every record behind it was evaluated again from its weights; else its figures are self-reported."""
+    batch_dependent: bool = False
+    """Whether a record behind it gave other logits or maps in other batches: such a row is not judged or ranked."""
 
     @property
     def seeds(self) -> str:
@@ -79,6 +102,12 @@ class Table:
     variant: str
     recipe: str
     """Hash of the run's training settings, the same for all rows (methods may bring values of their own along)."""
+    entry: str
+    """Registered dataset behind it."""
+    au_maps: str
+    """Geometry of the AU maps of the cosines."""
+    hardware: tuple[str, ...]
+    """What the rows were computed on, each once."""
     test_samples: int
     partial: bool
     """Whether the dataset was prepared from fewer, or more, pictures than were published."""
@@ -106,17 +135,41 @@ def build_tables(runs: Iterable[Run]) -> tuple[Table, ...]:
         ValueError: two records claim the same cell and seed.
     """
     groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
-        groups.setdefault(_comparable(run.record), []).append(run)
+    for run in fullest(runs, lambda run: run.record):
+        groups.setdefault(comparable(run.record), []).append(run)
     return tuple(_table(key, group) for key, group in sorted(groups.items()))
 
 
-def _comparable(record: Record) -> tuple[str, ...]:
+_T = TypeVar("_T")
+
+
+def fullest(found: Iterable[_T], record_of: Callable[[_T], Record]) -> list[_T]:
+    """Of records that differ in their optional measures only: the one with most of them, the latest if there are several."""
+    same: dict[str, list[_T]] = {}
+    for one in found:
+        record = record_of(one)
+        identity = [record.training_key, record.cell.method, record.cell.guidance, record.method_options, essential(record.evaluation)]
+        same.setdefault(digest(identity), []).append(one)
+    kept = []
+    for group in same.values():
+        records = [record_of(one) for one in group]
+        best = max(records, key=lambda record: (len(record.evaluation.get("measures", ())), record.finished)).key
+        # A record that is there twice is not passed over in silence.
+        kept += [one for one, record in zip(group, records, strict=True) if record.key == best]
+    return kept
+
+
+def essential(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an evaluation that its CL and cosines depend on."""
+    return {key: value for key, value in evaluation.items() if key not in OPTIONAL}
+
+
+def comparable(record: Record) -> tuple[str, ...]:
+    """Dataset, fingerprint, protocol, variant and recipe: records of equal ones are rows of one table."""
     # The run's settings, not the training's: methods bring some values of their own along and are compared all the same.
     sections = {name: record.config[name] for name in ("train", "augment", "images")}
-    recipe = digest([sections | {"train": {k: v for k, v in sections["train"].items() if k != "checkpoint_minutes"}}, record.evaluation])[
-        :8
-    ]
+    train = {key: value for key, value in sections["train"].items() if key != "checkpoint_minutes"}
+    recipe = digest([sections | {"train": train}, essential(record.evaluation)])[:8]
     return (record.cell.dataset, record.data.fingerprint, record.protocol, record.variant, recipe)
 
 
@@ -142,6 +195,11 @@ def _table(key: tuple[str, ...], runs: list[Run]) -> Table:
                 (metric, guidance): Stat(values=_values(group, metric), judged=judged.get((number, (metric, guidance))))
                 for (metric, guidance), group in draft.runs.items()
             },
+            keys=tuple(sorted({run.record.key for run in draft.all})),
+            measures=_further(draft, _measures),
+            costs=_further(draft, _costs),
+            verified=all(run.verified for run in draft.all),
+            batch_dependent=draft.batch_dependent,
         )
         for number, draft in enumerate(drafts)
     ]
@@ -152,6 +210,9 @@ def _table(key: tuple[str, ...], runs: list[Run]) -> Table:
         protocol=protocol,
         variant=variant,
         recipe=recipe,
+        entry=records[0].data.entry,
+        au_maps=records[0].evaluation.get("au_maps", ""),
+        hardware=tuple(sorted({_machine(record) for record in records})),
         test_samples=records[0].data.samples,
         partial=bool(records[0].data.provenance.get("partial")),
         resolution=resolution,
@@ -164,12 +225,13 @@ def _judge(drafts: list[_Draft]) -> tuple[Mapping[tuple[int, Column], Judged], s
     """Judgements of (row, column), and the sentence about what the split can resolve."""
     columns: dict[Column, dict[int, list[Run]]] = {}
     for number, draft in enumerate(drafts):
-        for column, runs in draft.runs.items():
+        for column, runs in draft.runs.items() if not draft.batch_dependent else ():
             columns.setdefault(column, {})[number] = runs
-    if any(run.samples is None for draft in drafts for runs in draft.runs.values() for run in runs):
+    judged = [run for rows in columns.values() for runs in rows.values() for run in runs]
+    if not judged or any(run.samples is None for run in judged):
         return {}, ""
     found = judge(columns)
-    samples = next(run.record.data.samples for draft in drafts for runs in draft.runs.values() for run in runs)
+    samples = judged[0].record.data.samples
     words = f"{LEVEL:.0%} intervals of one run for other samples: CL ± {100 * found.wilson_half_width:.1f} points (Wilson)"
     if found.discordant is not None:
         gap = smallest_gap(samples, found.discordant)
@@ -194,7 +256,20 @@ class _Draft:
     method: str
     backbone: str
     title: str
+    members: Mapping[str, list[Run]]
+    """Guidance -> all runs."""
     runs: Mapping[Column, list[Run]]
+    """Column -> the runs that have a figure there."""
+
+    @property
+    def all(self) -> list[Run]:
+        """Every run of the row."""
+        return [run for runs in self.members.values() for run in runs]
+
+    @property
+    def batch_dependent(self) -> bool:
+        """Whether the invariance check of a run has failed."""
+        return any(run.record.invariance is not None and not run.record.invariance["holds"] for run in self.all)
 
 
 def _drafts(method: str, backbone: str, runs: list[Run]) -> list[_Draft]:
@@ -208,13 +283,14 @@ def _drafts(method: str, backbone: str, runs: list[Run]) -> list[_Draft]:
     drafts = []
     for group in guided.values() or [[]]:
         suffix = f" ({_guidance_words(group[0].record)})" if len(guided) > 1 else ""
+        members = {"none": plain, "au": group}
         columns: dict[Column, list[Run]] = {}
-        for guidance, members in (("none", plain), ("au", group)):
+        for guidance, runs_there in members.items():
             for metric in METRICS:
-                usable = [run for run in members if _is_finite(run.record, metric)]
+                usable = [run for run in runs_there if is_finite(run.record, metric)]
                 if usable:
                     columns[metric, guidance] = usable
-        drafts.append(_Draft(method=method, backbone=backbone, title=title + suffix, runs=columns))
+        drafts.append(_Draft(method=method, backbone=backbone, title=title + suffix, members=members, runs=columns))
     return drafts
 
 
@@ -232,7 +308,37 @@ def _values(runs: list[Run], metric: Metric) -> tuple[float, ...]:
     return tuple(value for value in values if value is not None)
 
 
-def _is_finite(record: Record, metric: Metric) -> bool:
+def _further(draft: _Draft, read: Callable[[Record], Mapping[str, float]]) -> dict[tuple[str, str], Stat]:
+    """(name, guidance) -> figure over seeds, of what the runs have beside the metrics."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for guidance, runs in draft.members.items():
+        for run in sorted(runs, key=lambda run: run.record.cell.seed):
+            for name, value in read(run.record).items():
+                found.setdefault((name, guidance), []).append(value)
+    return {key: Stat(values=tuple(values)) for key, values in found.items()}
+
+
+def _measures(record: Record) -> dict[str, float]:
+    summaries = record.metrics.get("measures", {})
+    return {
+        name: float(summary["macro"])
+        for name, summary in summaries.items()
+        if summary["macro"] is not None and math.isfinite(summary["macro"])
+    }
+
+
+def _costs(record: Record) -> dict[str, float]:
+    return {name: float(record.cost[name]) for name in COSTS if record.cost.get(name) is not None}
+
+
+def _machine(record: Record) -> str:
+    """What a record was computed on."""
+    facts = record.hardware
+    processes = facts.get("processes", 1)
+    return f"{facts.get('name', '?')} ({facts.get('device', '?')}{f', {processes} processes' if processes != 1 else ''})"
+
+
+def is_finite(record: Record, metric: Metric) -> bool:
     value = figure(record.metrics, metric, layer=record.attention_layer)
     return value is not None and math.isfinite(value)
 

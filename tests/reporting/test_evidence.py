@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -113,11 +114,20 @@ def test_every_format_shows_the_standing():
     assert f"\\textbf{{{best}}}" in latex
     assert "$\\approx$" in latex
     assert "\ue001" not in latex
-    figures = json.loads(render(tables, "json"))[0]["rows"][0]["figures"]
+    figures = json.loads(render(tables, "json"))["tables"][0]["rows"][0]["figures"]
     (cl,) = (f for f in figures if f["metric"] == "cl")
     assert cl["standing"] in ("best", "tied")
     assert cl["intervals_over_samples"][0][0] < cl["mean"] < cl["intervals_over_samples"][0][1]
     assert "standing" in render(tables, "csv").splitlines()[0]
+
+
+def test_a_batch_dependent_row_is_never_the_best_nor_tied_with_it():
+    broken = run("cam", accuracy=0.99)
+    broken = dataclasses.replace(broken, record=broken.record.model_copy(update={"invariance": {"holds": False}}))
+    (table,) = build_tables([broken, run("acol", accuracy=0.7), run("adl", accuracy=0.3)])
+    cam = next(row for row in table.rows if row.method == "cam")
+    assert {stat.judged for stat in cam.stats.values()} == {None}
+    assert standing(table, "acol", ("cl", "none")) == "best"
 
 
 def test_tables_without_samples_are_not_judged():

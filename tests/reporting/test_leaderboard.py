@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
+import re
+import shutil
 import statistics
+import subprocess
 
 import pytest
 
 from bench.reporting.evidence import Run
 from bench.reporting.leaderboard import build_tables as build_from_runs
+from bench.reporting.ranking import rank
 from bench.reporting.render import render
 from bench.sweep.record import CellName, CodeFacts, DataFacts, Record
 
@@ -32,15 +37,17 @@ def record(
     weight=9.0,
     lr=0.1,
     provenance=None,
+    dataset="faces",
+    **changes,
 ):
     settings = {"train": {"lr": lr}, "images": {"size": 64}, "protocol": protocol}
     if guidance == "au":
         settings["guidance"] = {"weight": weight, "layers": [5], "au_maps": "symmetric", "grid": 28}
     summary = {"macro": cam, "samples": 9, "without_map": 0, "missing_classes": [], "per_class": {}}
-    return Record(
+    filed = Record(
         key="k",
         training_key="t",
-        cell=CellName(method=method, guidance=guidance, backbone=backbone, dataset="faces", seed=seed),
+        cell=CellName(method=method, guidance=guidance, backbone=backbone, dataset=dataset, seed=seed),
         trains_as=method,
         variant=variant,
         protocol=protocol,
@@ -76,6 +83,7 @@ def record(
         seeds={},
         finished="2026-11-20T00:00:00+00:00",
     )
+    return filed.model_copy(update=changes)
 
 
 def test_a_row_has_mean_and_sample_deviation_over_seeds():
@@ -122,7 +130,7 @@ def test_a_test_selected_table_says_that_it_is_optimistic():
 
 def test_json_and_csv_hold_every_figure():
     tables = build_tables([record(seed=s, guidance=g, cl=0.1 * (s + 1)) for s in range(2) for g in ("none", "au")])
-    (plain,) = json.loads(render(tables, "json"))
+    (plain,) = json.loads(render(tables, "json"))["tables"]
     assert {(f["metric"], f["guidance"], f["n"]) for f in plain["rows"][0]["figures"]} == {
         (m, g, 2) for m in ("cl", "cam_cos", "att_cos") for g in ("none", "au")
     }
@@ -163,5 +171,97 @@ def test_partial_data_is_said_in_every_format():
         text = render(tables, fmt)
         assert "faces (partial data)" in text
         assert "train 40 of 4772 (1 class), test 3 of 236 (2 classes)" in text
-    assert json.loads(render(tables, "json"))[0]["partial"] is True
+    assert json.loads(render(tables, "json"))["tables"][0]["partial"] is True
     assert {line["partial"] for line in csv.DictReader(io.StringIO(render(tables, "csv")))} == {"True"}
+
+
+EARLY, LATER, LATEST = (f"2026-11-2{day}T00:00:00+00:00" for day in range(3))
+
+
+def measured(*names, value=0.5):
+    """What a record with optional measures has."""
+    return {
+        "key": f"{names} {value}",
+        "evaluation": {"au_maps": "symmetric", "measures": list(names), "measure_samples": 9},
+        "metrics": {**record().metrics, "measures": {name: {"macro": value, "samples": 9, "per_class": {}} for name in names}},
+    }
+
+
+def test_of_records_that_differ_in_measures_only_the_fullest_and_latest_counts():
+    fullest = [record(**measured("road", "energy", value=v), finished=f) for v, f in ((0.1, EARLY), (0.2, LATER))]
+    fewer = record(**measured("road", value=0.3), finished=LATEST)
+    (table,) = build_tables([*fullest, fewer, record(seed=1, training_key="another", **measured())])
+    assert table.rows[0].stats["cl", "none"].n == 2
+    assert table.rows[0].measures["road", "none"].values == (0.2,)
+
+
+def test_measures_are_a_further_table_and_always_in_csv_and_json():
+    tables = build_tables([record(seed=s, training_key=str(s), **measured("road", value=0.25 + s / 2)) for s in range(2)])
+    assert "road" not in render(tables, "md")
+    assert "0.500 ± 0.354" in render(tables, "md", columns="measures").split("further measures")[1]
+    (line,) = (line for line in csv.DictReader(io.StringIO(render(tables, "csv"))) if line["metric"] == "road")
+    assert (line["kind"], float(line["mean"]), line["n"]) == ("measure", 0.5, "2")
+    (measure,) = json.loads(render(tables, "json"))["tables"][0]["rows"][0]["measures"]
+    assert (measure["measure"], measure["values"]) == ("road", [0.25, 0.75])
+
+
+def test_cost_is_a_further_table_in_units_people_read():
+    cost = {"parameters": 23_520_000, "training_seconds": 90.0, "map_seconds_per_image": 0.0021, "unknown": 1}
+    tables = build_tables([record(seed=s, cost=cost, hardware={"device": "cpu", "name": f"machine{s}"}) for s in range(2)])
+    text = render(tables, "md", columns="cost").split(": cost")[1]
+    assert [cell.strip() for cell in text.splitlines()[4].split("|")[1:-1]] == ["CAM", "mini", "w/o AU", "23.52", "1.50", "2.10"]
+    assert "not comparable between machines" in text
+    assert {line["metric"] for line in csv.DictReader(io.StringIO(render(tables, "csv"))) if line["kind"] == "cost"} == set(cost) - {
+        "unknown"
+    }
+
+
+def test_a_row_is_verified_only_if_all_its_records_are():
+    runs = [Run(record=record(seed=s, method=m), verified=(m, s) != ("acol", 1)) for s in range(2) for m in ("cam", "acol")]
+    tables = build_from_runs(runs)
+    assert {row.method: row.verified for row in tables[0].rows} == {"cam": True, "acol": False}
+    text = render(tables, "md")
+    assert "CAM ✓" in text
+    assert "ACoL ✓" not in text
+    assert "other rows are self-reported" in text
+    assert {line["method"]: line["verified"] for line in csv.DictReader(io.StringIO(render(tables, "csv")))} == {
+        "cam": "True",
+        "acol": "False",
+    }
+
+
+def test_a_batch_dependent_row_is_marked_in_every_format():
+    tables = build_tables([record(invariance={"holds": True}), record(seed=1, invariance={"holds": False})])
+    assert "CAM ⚠ batch-dependent" in render(tables, "md")
+    assert "not judged, not ranked" in render(tables, "latex")
+    assert json.loads(render(tables, "json"))["tables"][0]["rows"][0]["batch_dependent"] is True
+    assert {line["batch_dependent"] for line in csv.DictReader(io.StringIO(render(tables, "csv")))} == {"True"}
+
+
+NASTY = r"a_b & 50% #1 $x$ ~y ^z {w} \ <b>|*`\n"
+
+
+def nasty_tables():
+    return build_tables(
+        [record(method=NASTY, dataset=NASTY, backbone=b, cost={"parameters": 5}, hardware={"name": NASTY}) for b in (NASTY, "mini")]
+    )
+
+
+def test_names_cannot_break_a_markdown_table():
+    lines = [line for line in render(nasty_tables(), "md").splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {10}
+    assert not any("<b>" in line for line in lines if "\\<b" not in line)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
+def test_latex_compiles_whatever_the_names_are(tmp_path):
+    tables = nasty_tables()
+    rankings = rank([tables[0], dataclasses.replace(tables[0], dataset="other_faces")])
+    (tmp_path / "table.tex").write_text(render(tables, "latex", rankings=rankings, columns="all"))
+    packages = r"\documentclass{article}\usepackage{booktabs}\usepackage{graphicx}"
+    (tmp_path / "main.tex").write_text(packages + r"\begin{document}\input{table}\end{document}")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "main.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "tabular" in (tmp_path / "table.tex").read_text()
+    assert "Overfull" not in done.stdout
