@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bench import __version__
-from bench.cli import data, gallery, leaderboard, listing, plan, run, status
+from bench.cli import compare, data, explain, gallery, leaderboard, listing, plan, publish, run, status, submit, verify
 
 app = typer.Typer(
     name="bench",
@@ -22,7 +22,12 @@ app.command("run")(run.run)
 app.command("plan")(plan.plan)
 app.command("status")(status.status)
 app.command("leaderboard")(leaderboard.leaderboard)
+app.command("compare")(compare.compare)
 app.command("gallery")(gallery.gallery)
+app.command("explain")(explain.explain)
+app.command("publish")(publish.publish)
+app.command("submit")(submit.submit)
+app.command("verify")(verify.verify)
 app.command("list")(listing.list_entries)
 app.add_typer(data.app, name="data")
 

@@ -1,0 +1,98 @@
+"""``bench explain``: prediction and maps of any picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.cli import options
+
+
+def explain(
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Picture files, or folders of them.")],
+    *,
+    checkpoint: Annotated[
+        Path,
+        typer.Option(help="Folder of a training, <results>/trainings/<hash>, or of a cell, <results>/cells/.../seed0-<hash>."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write: new, or empty.", file_okay=False)] = Path("explanations"),
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Methods, comma-separated. Default: all that can read the training, slow ones such as scorecam too."),
+    ] = None,
+    classes: Annotated[list[str] | None, typer.Option("--class", help="Maps of this class besides the predicted one; repeatable.")] = None,
+    landmarks: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE.csv|face-alignment|dlib|none", help="Where landmarks come from. none: the picture is a face crop; no AU map."
+        ),
+    ] = "none",
+    landmark_weights: Annotated[
+        Path | None, typer.Option(help="Folder of the files that find landmarks. Default: where their package keeps them.", file_okay=False)
+    ] = None,
+    align: Annotated[
+        bool | None,
+        typer.Option(
+            "--align/--no-align",
+            help="Turn and cut the face by its landmarks, or keep the whole picture: as the training's pictures were. "
+            "Default: align where the face is searched for.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, or cpu to leave accelerators alone.")] = "auto",
+    plugins: options.Plugins = None,
+) -> None:
+    """Show what a trained network sees in pictures: prediction, overlays of all maps, and explanation.json with the figures.
+
+    Exit status 0: all is done, 1: some pictures could not be explained, 2: nothing could be.
+    """
+    from rich.console import Console
+
+    from bench.registry import load_plugin
+    from bench.reporting.explain import REPORT, Failed, LandmarkSource, choose_readers, find_pictures, open_training
+    from bench.reporting.explain import explain as explain_pictures
+    from bench.training.engine import Engine
+
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"--device {device}: use auto or cpu")
+    for plugin in plugins or ():
+        load_plugin(plugin)
+    restored = open_training(checkpoint)
+    readers = choose_readers(restored.training, [name.strip() for name in (methods or "").split(",") if name.strip()])
+    source = LandmarkSource(landmarks, weights=landmark_weights)
+    if align and landmarks == "none":
+        raise ValueError("--align needs landmarks: give --landmarks FILE.csv, face-alignment or dlib")
+    sources, failed = find_pictures(pictures)
+    console = Console()
+
+    def tell(line: str, style: str | None = None) -> None:
+        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    for lost in failed:
+        tell(f"{lost.path}: {lost.reason}", "red")
+    unseen = 0
+    for one in explain_pictures(
+        sources,
+        restored,
+        methods=readers,
+        classes=classes or (),
+        landmarks=source,
+        align=source.finds if align is None else align,
+        device=Engine(device="cpu" if device == "cpu" else "auto").device,
+        out=out,
+        failed=failed,
+    ):
+        if isinstance(one, Failed):
+            failed.append(one)
+            tell(f"{one.path}: {one.reason}", "red")
+            continue
+        unseen += not one.facts["landmarks"]
+        likely = sorted(one.facts["probabilities"].items(), key=lambda item: -item[1])[:3]
+        tell(f"{one.source.path}: {', '.join(f'{name} {share:.1%}' for name, share in likely)}; {out / one.source.name}")
+    if unseen:
+        tell(f"without landmarks: {unseen}, taken as a face crop, resized and centre-cropped; no AU map can be drawn", "yellow")
+    tell(f"wrote {out / REPORT}: {', '.join(readers)}", "green")
+    if failed:
+        raise typer.Exit(1)
