@@ -58,7 +58,13 @@ def _split(nproc: int | None, nnodes: int, procs_per_training: int | None) -> tu
     from bench.sweep.launch import devices
     from bench.sweep.launch.choice import Wanted, choose
 
-    wanted = Wanted(launcher="torchrun", nproc=nproc, nnodes=nnodes, procs_per_training=procs_per_training, rdzv_endpoint="any:1")
+    wanted = Wanted(
+        launcher="torchrun",
+        nproc=nproc,
+        nnodes=nnodes,
+        procs_per_training=procs_per_training,
+        rdzv_endpoint=None if procs_per_training else "any:1",
+    )
     launch = choose(wanted, devices=devices.count() if nproc is None else 0, world=None)  # the nodes may be others than this one
     return (launch.world_size, launch.groups * nnodes) if procs_per_training else (launch.world_size, 1)
 
