@@ -40,6 +40,8 @@ lr = 0.003
 schedule = "constant"
 [loader]
 workers = 0
+[slurm]
+partition = "department-of-faces"
 """
 """Two trainings, each read out by two methods."""
 

@@ -95,12 +95,15 @@ def test_names_from_records_cannot_mark_up_the_text(honest):
     assert r"a\|b\](http://x) \<img src=x\> # c" in text
 
 
-def test_fields_with_local_paths_are_told_and_packed_as_they_are(honest, bench_here, data_root, tmp_path):
+def test_fields_that_tell_of_a_place_are_told_and_packed_as_they_are(honest, bench_here, tmp_path):
     done = submit(bench_here, honest, "mine.tar.gz")
-    assert f"config.run.data tells of you or your machine in 4 records: '{data_root}'" in done.stderr
-    assert "config.run.results" not in done.stderr  # a relative path tells nothing
+    assert "config.slurm.partition tells of you or your machine in 4 records: 'department-of-faces'" in done.stderr
     (packed, *_) = [text for name, text in contents(tmp_path / "mine.tar.gz").items() if name.endswith("record.json")]
-    assert json.loads(packed)["config"]["run"]["data"] == str(data_root)
+    assert json.loads(packed)["config"]["slurm"]["partition"] == "department-of-faces"
+
+
+def test_a_record_does_not_say_where_results_and_data_lie(honest, data_root):
+    assert all(str(data_root) not in path.read_text() for path in honest.rglob("record.json"))
 
 
 # --- the page
