@@ -184,7 +184,21 @@ def test_differences_know_no_scale():
 def test_maps_that_vanish_in_both_are_alike_and_in_one_are_not():
     blank, maps = torch.zeros(3, 4, 4), torch.rand(3, 4, 4)
     assert map_difference(blank, blank) == 0
-    assert map_difference(torch.cat([blank[:1], maps[1:]]), maps) == 1
+    assert map_difference(torch.cat([blank[:2], maps[2:]]), maps) == 1
+
+
+def test_a_single_map_may_be_one_of_a_tie_that_rounding_decides():
+    maps = torch.rand(9, 4, 4)
+    other = maps.clone()
+    other[4] = torch.rand(4, 4)
+    assert map_difference(other, maps) < TOLERANCE
+    other[7] = torch.rand(4, 4)
+    assert map_difference(other, maps) > TOLERANCE
+
+
+def test_the_only_map_must_agree():
+    maps = torch.rand(1, 4, 4)
+    assert map_difference(maps.flip(1), maps) > TOLERANCE
 
 
 def test_the_range_of_a_single_map_may_be_one_of_rounding():

@@ -233,7 +233,8 @@ def invariance(record: Record) -> Grid | None:
     found = record.invariance
     heads = tuple(found["logits"])
     return Grid(
-        caption=f"Largest difference of {found['samples']} samples computed in other batches; {found['tolerance']:g} is tolerated: "
+        caption=f"Largest difference of {found['samples']} samples computed in other batches (of maps the largest but one, as rounding may "
+        f"decide a tie); {found['tolerance']:g} is tolerated: "
         + ("this holds." if found["holds"] else "this does not hold, the figures depend on how samples were batched."),
         corner="Of",
         heads=tuple(head.replace("_", " ") for head in heads),
