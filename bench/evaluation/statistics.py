@@ -181,7 +181,40 @@ def seeds_p(differences: npt.ArrayLike) -> Doubles:
     return _t_test(values.mean(axis=1), error, degrees=values.shape[1] - 1)
 
 
-def _t_test(differences: Doubles, errors: Doubles, *, degrees: int) -> Doubles:
+def table_seeds_p(figures: npt.ArrayLike, ones: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> Doubles:
+    """Two-sided p values of a mean difference of zero over seeds, for pairs of rows of one table.
+
+    The few seeds of a pair say little about how far training scatters: with three, its t distribution has two degrees of freedom, and
+    corrected for a table's comparisons it tells nothing apart. All rows of the table together say more. So two tests are made: the paired
+    t test of `seeds_p`, and one with the variance of the two-way layout of rows and seeds, or the pair's own where that is larger. Its
+    degrees of freedom are those of Greenhouse and Geisser (Psychometrika 1959): few where some rows scatter more than others, or
+    rise and fall together as read-outs of one training do. The smaller p counts, doubled (Bonferroni).
+
+    Args:
+        figures: (R, S), R rows at the same S seeds, S at least 2.
+        ones: (P,) one row of each pair.
+        others: (P,) the other.
+
+    Returns:
+        (P,). Of two rows: that of `seeds_p`, as there are no others to learn from.
+    """
+    values = np.asarray(figures, np.float64)
+    differences = values[ones] - values[others]
+    alone = seeds_p(differences)
+    rows, seeds = values.shape
+    residuals = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
+    products = residuals.T @ residuals  # (S, S): has the traces of the rows' covariance and of its square
+    if rows < 3 or not products.any():
+        return alone
+    scatter = float(products.trace())
+    pooled = 2 * scatter / ((rows - 1) * (seeds - 1))
+    degrees = (seeds - 1) * scatter**2 / float((products**2).sum())
+    error = np.sqrt(np.maximum(differences.var(axis=1, ddof=1), pooled) / seeds)
+    together = _t_test(differences.mean(axis=1), error, degrees=degrees)
+    return np.asarray(np.minimum(2 * np.minimum(alone, together), 1), np.float64)
+
+
+def _t_test(differences: Doubles, errors: Doubles, *, degrees: float) -> Doubles:
     # Without spread there is nothing to judge by: equal, or different by the same amount each time.
     flat = errors <= 1e-12 * np.abs(differences)  # covers 0 <= 0
     if degrees < 1:

@@ -20,7 +20,7 @@ from bench.evaluation.statistics import (
     holm,
     mcnemar,
     percentile_interval,
-    seeds_p,
+    table_seeds_p,
     wilson_interval,
 )
 from bench.sweep.record import Record
@@ -121,7 +121,7 @@ def judge(columns: Mapping[Column, Mapping[int, Sequence[Run]]]) -> Judgement:
     """Compare all rows of every column with each other.
 
     Two rows differ in a column if their difference stands against *sampling* (exact McNemar for CL with one seed, else a bootstrap over
-    people of the mean over seeds) and, with two seeds or more in common, against *training* (paired t over seeds): the larger p counts.
+    people of the mean over seeds) and, with two seeds or more in common, against *training* (`table_seeds_p`): the larger p counts.
     Holm's correction is over all comparisons of the table.
 
     Args:
@@ -184,38 +184,38 @@ class _Column:
         }
         self.p_values: dict[tuple[int, int], float] = {}
         self.discordant: list[float] = []
-        # Pairs that share the same number of seeds are judged together.
-        by_seeds: dict[int, list[_Pair]] = {}
+        # Pairs that share the same seeds are judged together.
+        by_seeds: dict[tuple[int, ...], list[_Pair]] = {}
         for pair in itertools.combinations(sorted(rows), 2):
             common, mine, theirs = self._common(*pair)
             by_seeds.setdefault(common, []).append(_Pair(rows=pair, mine=mine, theirs=theirs))
-        for count, group in by_seeds.items():
-            p_values = self._sampling(group)
+        for seeds, group in by_seeds.items():
+            chosen, ones, others = _places([pair.mine for pair in group], [pair.theirs for pair in group])
+            p_values = self._sampling(chosen, ones, others)
             if plain:
                 only_one, only_other = _discordant(values, group)
                 self.discordant += ((only_one + only_other) / len(labels)).tolist()
-                p_values = mcnemar(only_one, only_other) if count == 1 else p_values
-            if count > 1:
-                p_values = np.maximum(
-                    p_values, seeds_p(self._observed[[p.mine for p in group]] - self._observed[[p.theirs for p in group]])
-                )
+                p_values = mcnemar(only_one, only_other) if len(seeds) == 1 else p_values
+            if len(seeds) > 1:
+                p_values = np.maximum(p_values, table_seeds_p(self._observed[np.array(chosen)], ones, others))
             self.p_values |= {pair.rows: float(p) for pair, p in zip(group, p_values, strict=True)}
 
-    def _common(self, one: int, other: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """How many seeds two rows share, and the numbers of their runs."""
+    def _common(self, one: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The seeds that two rows share, and the numbers of their runs."""
         mine, theirs = self._of[one], self._of[other]
         if mine.keys() != theirs.keys():
             common = sorted(mine.keys() & theirs.keys())
             if not common:
-                return 0, tuple(mine.values()), tuple(theirs.values())
+                return (), tuple(mine.values()), tuple(theirs.values())
             mine, theirs = ({seed: seeds[seed] for seed in common} for seeds in (mine, theirs))
-        return len(mine), tuple(mine.values()), tuple(theirs.values())
+        return tuple(mine), tuple(mine.values()), tuple(theirs.values())
 
-    def _sampling(self, group: Sequence[_Pair]) -> npt.NDArray[np.float64]:
-        """(P,) p values of the mean differences, from the bootstrap."""
-        runs, ones, others = _places([pair.mine for pair in group], [pair.theirs for pair in group])
-        means = np.array([self._observed[list(chosen)].mean() for chosen in runs])
-        replicates = np.stack([self._replicates[list(chosen)].mean(axis=0, dtype=np.float64) for chosen in runs])
+    def _sampling(
+        self, chosen: Sequence[tuple[int, ...]], ones: npt.NDArray[np.int64], others: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float64]:
+        """(P,) p values of the differences between the means over runs of ``chosen[ones]`` and ``chosen[others]``, from the bootstrap."""
+        means = np.array([self._observed[list(runs)].mean() for runs in chosen])
+        replicates = np.stack([self._replicates[list(runs)].mean(axis=0, dtype=np.float64) for runs in chosen])
         # A replicate without any sample that counts is NaN in all rows alike. The variance of a difference is that of its parts.
         covariance = np.atleast_2d(np.cov(replicates[:, np.isfinite(replicates[0])]))
         variances = covariance[ones, ones] + covariance[others, others] - 2 * covariance[ones, others]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.regression.linear_model import OLS
 from statsmodels.stats import contingency_tables, multitest, proportion
 
 from bench.evaluation.statistics import (
@@ -20,6 +21,7 @@ from bench.evaluation.statistics import (
     seeds_p,
     smallest_gap,
     t_interval,
+    table_seeds_p,
     wilson_interval,
 )
 
@@ -152,6 +154,71 @@ def test_identical_figures_are_never_different():
 def test_seeds_are_compared_pair_by_pair():
     one, other = [0.80, 0.82, 0.85], [0.79, 0.80, 0.84]
     assert seeds_p([np.subtract(one, other)]) == pytest.approx(stats.ttest_rel(one, other).pvalue)
+
+
+def pairs_of(rows):
+    return tuple(np.transpose(list(itertools.combinations(range(rows), 2))))
+
+
+def test_rows_of_a_table_are_compared_with_the_spread_of_the_two_way_layout():
+    """Its variance against a regression on rows and seeds, its degrees of freedom against the eigenvalues of the rows' covariance."""
+    figures = np.random.default_rng(2).normal(0, 1, (6, 5)) * np.array([1, 1, 1, 2, 3, 1])[:, None] + np.arange(6)[:, None]
+    rows, seeds = np.indices(figures.shape)
+    design = np.column_stack([np.eye(6)[rows.ravel()], np.eye(5)[seeds.ravel()][:, 1:]])
+    variance = OLS(figures.ravel(), design).fit().scale
+    centring = np.eye(6) - 1 / 6
+    eigenvalues = np.linalg.eigvalsh(centring @ np.cov(figures) @ centring)
+    degrees = 4 * eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
+    differences = figures[0] - figures[1:]
+    error = np.sqrt(np.maximum(2 * variance, differences.var(axis=1, ddof=1)) / 5)
+    together = 2 * stats.t.sf(np.abs(differences.mean(axis=1)) / error, degrees)
+    expected = np.minimum(1, 2 * np.minimum(together, stats.ttest_rel(figures[:1].T, figures[1:].T).pvalue))
+    np.testing.assert_allclose(table_seeds_p(figures, np.zeros(5, np.int64), np.arange(1, 6)), expected)
+
+
+def test_two_rows_have_no_others_to_learn_from():
+    figures = np.array([[0.80, 0.82, 0.85], [0.79, 0.80, 0.84]])
+    assert table_seeds_p(figures, *pairs_of(2)) == seeds_p(figures[:1] - figures[1:])
+
+
+def test_rows_tell_each_other_how_far_training_scatters():
+    """Twenty tables of 21 equal rows and one that lies four standard deviations below, five seeds."""
+    rng = np.random.default_rng(0)
+    ones, others = pairs_of(22)
+    alone = together = 0
+    for _ in range(20):
+        figures = rng.standard_normal((22, 5))
+        figures[0] -= 4
+        alone += np.sum(np.array(holm(seeds_p(figures[ones] - figures[others])))[ones == 0] < 0.05)
+        together += np.sum(np.array(holm(table_seeds_p(figures, ones, others)))[ones == 0] < 0.05)
+    assert alone < 0.2 * 20 * 21
+    assert together > 0.5 * 20 * 21
+
+
+def test_read_outs_of_one_training_are_told_apart_by_their_own_spread():
+    """Two rows that rise and fall together, beside others that scatter far more."""
+    figures = np.random.default_rng(0).normal(0, 1, (11, 5))
+    figures[1] = figures[0] + 0.3 + np.array([1e-3, -1e-3, 0, 2e-3, 0])
+    ones, others = pairs_of(11)
+    assert holm(table_seeds_p(figures, ones, others))[0] < 0.05
+
+
+SPREADS = {
+    "equal": np.ones(11),
+    "one scatters ten times as far": np.array([10.0] + [1.0] * 10),
+    "from little to much": np.geomspace(0.2, 3, 11),
+}
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("spread", SPREADS)
+def test_rows_that_differ_by_their_seeds_alone_are_told_apart_in_at_most_five_tables_of_a_hundred(spread, seeds):
+    """1,000 tables of eleven equal methods, however unequally their trainings scatter."""
+    rng = np.random.default_rng(0)
+    ones, others = pairs_of(11)
+    tables = rng.standard_normal((1000, 11, seeds)) * SPREADS[spread][:, None]
+    false = sum(min(holm(table_seeds_p(table, ones, others))) < 0.05 for table in tables)
+    assert false <= 50
 
 
 def test_the_critical_difference_is_that_of_demsar():
