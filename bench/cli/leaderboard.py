@@ -42,7 +42,7 @@ def leaderboard(
     columns: Annotated[
         ShownColumns, typer.Option(help="metrics; with measures, cost, or all: further tables. csv and json hold everything.")
     ] = ShownColumns.METRICS,
-    reference: Annotated[str | None, typer.Option(help="Published figures to put beside ours: paper, or a .json file.")] = None,
+    reference: options.Reference = None,
     out: Annotated[Path | None, typer.Option(help="Write to a file instead.")] = None,
     config: options.ConfigFile = None,
     profile: options.Profile = None,

@@ -26,6 +26,7 @@ Metrics = Annotated[
 Engine = Annotated[str | None, typer.Option("--engine", help="ddp or deepspeed: short for --set train.engine=.", rich_help_panel=SETTINGS)]
 Results = Annotated[Path | None, typer.Option(help="Results folder.", rich_help_panel=SETTINGS)]
 Data = Annotated[Path | None, typer.Option(help="Folder of prepared datasets.", rich_help_panel=SETTINGS)]
+Reference = Annotated[str | None, typer.Option(help="Published figures to put beside ours: paper, or a .json file.")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file [default: bench.toml here, if there is one].", rich_help_panel=SETTINGS)
 ]

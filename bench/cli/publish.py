@@ -19,6 +19,7 @@ def publish(
     ] = False,
     hub: Annotated[str | None, typer.Option(help="Push records and tables, no weights, to this dataset repository: OWNER/NAME.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Hub: make the repository a private one, if it is new.")] = False,
+    reference: options.Reference = None,
     results: options.Results = None,
     data: options.Data = None,
     config: options.ConfigFile = None,
@@ -29,6 +30,8 @@ def publish(
     """Make a site of a results folder, or push it to the Hugging Face Hub."""
     from rich.console import Console
 
+    from bench.reporting.references import load_reference
+
     if site is None and hub is None:
         raise ValueError("bench publish needs to know where: --site DIR for a static site, --hub OWNER/NAME for the Hugging Face Hub")
     if faces and site is None:
@@ -37,14 +40,15 @@ def publish(
         raise ValueError("--private is about a repository of the hub: give --hub OWNER/NAME, too")
     run = options.settings_from(context).config.run
     results_folder = existing(run.results)
+    beside = None if reference is None else load_reference(reference)
     console = Console(soft_wrap=True)
     if site is not None:
         from bench.reporting.site.write import write_site
 
-        pages = write_site(results_folder, site, data=run.data, faces=faces)
+        pages = write_site(results_folder, site, data=run.data, faces=faces, reference=beside)
         console.print(f"{site / 'index.html'}: {pages} pages", highlight=False, markup=False)
     if hub is not None:
         from bench.reporting.hub import push
 
-        url = push(results_folder, hub, private=private)
+        url = push(results_folder, hub, private=private, reference=beside)
         console.print(url, highlight=False, markup=False)

@@ -12,8 +12,10 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[att
 from bench.reporting.evidence import load_runs
 from bench.reporting.leaderboard import build_tables
 from bench.reporting.ranking import rank
+from bench.reporting.references import Reference
 from bench.reporting.render import render
 from bench.sweep.record import Record
+from bench.sweep.stamp import STAMP, is_verified
 from bench.sweep.store import DONE, MAPS, RECORD, ROWS, read_records
 from bench.training.checkpoint import hash_file
 
@@ -36,7 +38,7 @@ repository.
 {tables}"""
 
 
-def push(results: Path, repo: str, *, private: bool, endpoint: str | None = None) -> str:
+def push(results: Path, repo: str, *, private: bool, reference: Reference | None = None, endpoint: str | None = None) -> str:
     """Push all finished cells below a folder, and the leaderboard as card, CSV and JSON.
 
     The token is the library's: from ``HF_TOKEN``, or what ``hf auth login`` stored. Files that are there already are not sent again,
@@ -46,6 +48,7 @@ def push(results: Path, repo: str, *, private: bool, endpoint: str | None = None
         results: the folder.
         repo: ``owner/name``; made if it is not there.
         private: make it a private one, if it is made.
+        reference: published figures to put beside ours.
         endpoint: where; None for ``HF_ENDPOINT``, else the Hub itself.
 
     Returns:
@@ -59,7 +62,7 @@ def push(results: Path, repo: str, *, private: bool, endpoint: str | None = None
         raise ValueError(f"--hub {repo}: give OWNER/NAME, such as my-group/cam-results")
     api = HfApi(endpoint=endpoint)
     with tempfile.TemporaryDirectory(prefix="bench-hub-") as staged:
-        _stage(results, Path(staged))
+        _stage(results, Path(staged), reference=reference)
         try:
             address = api.create_repo(repo, repo_type="dataset", private=private or None, exist_ok=True)
             api.upload_folder(
@@ -84,7 +87,7 @@ def _refused(error: HfHubHTTPError, repo: str, endpoint: str) -> str:
     return f"{endpoint} refused: {error}"
 
 
-def _stage(results: Path, staged: Path) -> None:
+def _stage(results: Path, staged: Path, *, reference: Reference | None) -> None:
     """Copy what is to be sent, and check the copies: what is sent is what was checked.
 
     Raises:
@@ -98,16 +101,18 @@ def _stage(results: Path, staged: Path) -> None:
             if name != MAPS or record.maps_sha256 is not None:
                 shutil.copyfile(folder / name, copy / name)
         _check(copy, record, original=folder)
+        if is_verified(folder):
+            shutil.copyfile(folder / STAMP, copy / STAMP)
         count += 1
     if count == 0:
         raise ValueError(f"no finished cells in {results} yet; first: bench run --results {results}")
     tables = build_tables(load_runs(staged))
     rankings = rank(tables)
     (staged / "README.md").write_text(
-        _CARD.format(count=count, tables=render(tables, "md", rankings=rankings, columns="all")), encoding="utf-8"
+        _CARD.format(count=count, tables=render(tables, "md", rankings=rankings, reference=reference, columns="all")), encoding="utf-8"
     )
     for fmt in ("csv", "json"):
-        (staged / f"leaderboard.{fmt}").write_text(render(tables, fmt, rankings=rankings), encoding="utf-8")
+        (staged / f"leaderboard.{fmt}").write_text(render(tables, fmt, rankings=rankings, reference=reference), encoding="utf-8")
 
 
 def _below_cells(path: Path) -> Path:

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from bench.reporting.hub import push
+from bench.reporting.references import load_reference
+from bench.sweep.stamp import write_stamp
 from tests.reporting.cells import write_cell
 
 TOKEN = "hf_of_this_test"
@@ -121,6 +123,21 @@ def test_the_card_names_its_data_and_shows_the_table(hub, results):
     assert "data_files: leaderboard.csv" in card
     assert "2 cells" in card
     assert "| Method" in card
+
+
+def test_stamps_go_with_the_records_they_are_of(hub, results):
+    stamped, changed = sorted(path.parent for path in results.rglob("DONE"))
+    for folder in (stamped, changed):
+        write_stamp(folder, weights_sha256="0" * 64, largest_difference=0.0)
+    (changed / "VERIFIED.json").write_text('{"record_sha256": "that of another"}')
+    push(results, "me/results", private=False, endpoint=hub.url)
+    assert [path for path in hub.files if path.endswith("VERIFIED.json")] == [f"{stamped.relative_to(results)}/VERIFIED.json"]
+
+
+def test_published_figures_stand_in_the_card_if_asked_for(hub, tmp_path):
+    write_cell(tmp_path, dataset="rafdb", entry="rafdb", backbone="resnet50")
+    push(tmp_path, "me/results", private=False, reference=load_reference("paper"), endpoint=hub.url)
+    assert "reported, unverified" in hub.files["README.md"].decode()
 
 
 @pytest.mark.parametrize("private", [False, True])

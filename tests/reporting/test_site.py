@@ -16,6 +16,7 @@ from bench.data.index import load_index
 from bench.data.pack import prepare
 from bench.reporting.evidence import load_runs
 from bench.reporting.leaderboard import build_tables
+from bench.reporting.references import load_reference
 from bench.reporting.render import show
 from bench.reporting.site import write
 from bench.reporting.site.figures import draw_strip
@@ -289,16 +290,27 @@ def test_vendored_scripts_come_with_version_and_licence(site):
         (["--site", "out", "--private"], "--private is about a repository of the hub"),
         (["--hub", "me/x", "--faces"], "--faces is about the pictures of a site"),
         (["--hub", "x"], "give OWNER/NAME"),
+        (["--site", "out", "--reference", "papr"], "no such reference. Did you mean 'paper'?"),
         (["--site", "out"], "bench run --profile quick --results results"),
     ],
 )
 def test_what_cannot_be_published_is_refused_with_what_to_type(bench_here, tmp_path, arguments, message):
-    if "x" in arguments:
+    if "x" in arguments or "papr" in arguments:
         write_cell(tmp_path / "results")
     done = bench_here("publish", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("backbone", "words"), [("resnet50", "reported, unverified"), ("mini", "its figures are of resnet50, not mini")])
+def test_published_figures_stand_in_a_table_of_their_own_or_it_says_why_not(tmp_path, backbone, words):
+    write_cell(tmp_path / "results", dataset="rafdb", entry="rafdb", backbone=backbone)
+    write_site(tmp_path / "results", tmp_path / "site", data=tmp_path, reference=load_reference("paper"))
+    index = Page(tmp_path / "site" / "index.html")
+    assert words in index.text
+    assert len(index.all("table")) == (3 if backbone == "resnet50" else 2)  # leaderboard, reported, cost
+    assert words in (tmp_path / "site" / "leaderboard.md").read_text()
 
 
 def test_the_command_makes_a_site(bench_here, tmp_path):

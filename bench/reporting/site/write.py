@@ -19,6 +19,7 @@ from bench.evaluation.statistics import LEVEL
 from bench.reporting.evidence import METRICS, Metric, Run, load_samples
 from bench.reporting.leaderboard import GUIDANCE, GUIDANCE_TITLES, TITLES, Row, Stat, Table, build_tables, figure
 from bench.reporting.ranking import rank
+from bench.reporting.references import Reference, beside
 from bench.reporting.render import caption, grids, render, show
 from bench.reporting.site import pages
 from bench.reporting.site.average_maps import maps_of
@@ -38,7 +39,7 @@ DOWNLOADS = (
 _TILE = tile_size(SIDE)
 
 
-def write_site(results: Path, out: Path, *, data: Path, faces: bool = False) -> int:
+def write_site(results: Path, out: Path, *, data: Path, faces: bool = False, reference: Reference | None = None) -> int:
     """Make a site of all finished records below a folder.
 
     Args:
@@ -46,6 +47,7 @@ def write_site(results: Path, out: Path, *, data: Path, faces: bool = False) -> 
         out: where the site goes: a new or empty folder, or one with a site that this function made.
         data: folder of prepared datasets, for the faces of the gallery.
         faces: show faces that the project did not draw itself, too.
+        reference: published figures to put beside ours, in a table of their own and in the files to load down.
 
     Returns:
         Number of pages.
@@ -60,7 +62,7 @@ def write_site(results: Path, out: Path, *, data: Path, faces: bool = False) -> 
         raise ValueError(f"no finished cells in {results} yet; first: bench run --results {results}")
     runs = [Run(record=record, samples=load_samples(folder / ROWS, record), verified=is_verified(folder)) for folder, record in found]
     tables = build_tables(runs)
-    site = _Site(found, runs, tables, prepared=Prepared(data), faces=faces)
+    site = _Site(found, runs, tables, prepared=Prepared(data), faces=faces, reference=reference)
     with fresh_site(out) as folder:
         return site.write(folder)
 
@@ -79,7 +81,14 @@ class _Cell:
 
 class _Site:
     def __init__(
-        self, found: Sequence[tuple[Path, Record]], runs: Sequence[Run], tables: Sequence[Table], *, prepared: Prepared, faces: bool
+        self,
+        found: Sequence[tuple[Path, Record]],
+        runs: Sequence[Run],
+        tables: Sequence[Table],
+        *,
+        prepared: Prepared,
+        faces: bool,
+        reference: Reference | None,
     ) -> None:
         self._folders: dict[str, Path] = {}
         for folder, record in found:
@@ -92,6 +101,7 @@ class _Site:
         self._tables = tables
         self._prepared = prepared
         self._faces = faces
+        self._reference = reference
         self._templates = Environment(
             loader=PackageLoader("bench.reporting.site"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
@@ -106,18 +116,21 @@ class _Site:
             (folder / name).mkdir()
         rankings = rank(self._tables)
         for file, _, fmt in DOWNLOADS:
-            text = render(self._tables, fmt, rankings=rankings, columns="all")
+            text = render(self._tables, fmt, rankings=rankings, reference=self._reference, columns="all")
             (folder / file).write_text(f"{text}\n", encoding="utf-8")
         boards, written = [], set()
         for number, table in enumerate(self._tables, start=1):
             maps = pages.maps_page(number, table)
             has_maps = self._write_maps(folder, table, maps)
-            _, *further = grids([table], [], reference=None, columns="all", style=pages.STYLE)
+            compared, *further = grids([table], [], reference=self._reference, columns="all", style=pages.STYLE)
+            found = None if self._reference is None else beside(table, self._reference)
+            if self._reference is not None and found is not None and found.figures:
+                further.insert(0, dataclasses.replace(compared, title=f"{compared.title}: beside {self._reference.title}"))
             boards.append(
                 {
                     "title": table.title,
                     "maps": maps if has_maps else None,
-                    "caption": caption(table, style=pages.STYLE),
+                    "caption": caption(table, style=pages.STYLE) + (f" {found.words}." if found and not found.figures else ""),
                     "heads": pages.board_heads(),
                     "methods": list(dict.fromkeys(row.title for row in table.rows)),
                     "backbones": table.backbones,
