@@ -125,8 +125,6 @@ class TrainConfig(_Section):
         if self.engine == "deepspeed":
             if self.precision == "fp16":
                 raise ValueError("precision = fp16 does not go with engine = deepspeed; use precision = bf16 or no, or engine = ddp")
-            if self.clip_norm and self.accumulate > 1:  # not shown to agree with DDP: see docs/precision.md
-                raise ValueError("clip_norm with accumulate above 1 does not go with engine = deepspeed; use one of them, or engine = ddp")
             for key in ("compile", "channels_last"):
                 if getattr(self, key):
                     raise ValueError(f"{key} = true does not go with engine = deepspeed; use engine = ddp")

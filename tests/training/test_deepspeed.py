@@ -53,14 +53,13 @@ def test_zero_gives_the_losses_and_weights_of_ddp(prepared, stage, processes):
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("switch", [CLIP, ACCUMULATE])
+@pytest.mark.parametrize("switches", [(CLIP,), (ACCUMULATE,), (CLIP, ACCUMULATE)], ids=["clipped", "accumulated", "both"])
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_sgd_clipped_or_accumulated_is_that_of_ddp(prepared, stage, switch):
-    """Both together are refused: in stage 0 on two processes they were seen to leave DDP's weights by up to 3e-5."""
-    ours = run_once(prepared, *SGD, switch, processes=2)
-    assert_close(start(prepared, "zero", *BASE, *SGD, switch, *zero(stage), processes=2), ours)
-    if switch == CLIP:
-        loose = run_once(prepared, *SGD, processes=2)
+def test_sgd_clipped_and_accumulated_is_that_of_ddp(prepared, stage, switches):
+    ours = run_once(prepared, *SGD, *switches, processes=2)
+    assert_close(start(prepared, "zero", *BASE, *SGD, *switches, *zero(stage), processes=2), ours)
+    if CLIP in switches:
+        loose = run_once(prepared, *SGD, *(switch for switch in switches if switch != CLIP), processes=2)
         assert (ours.losses - loose.losses).abs().max() > 1e-3, "the norm is never above the bound: this test compares nothing"
 
 
@@ -118,7 +117,6 @@ def test_a_package_that_is_not_installed_is_named_in_the_plan_with_the_command(p
         (["train.engine=deepspeed", "train.precision=fp16"], "precision = fp16 does not go with engine = deepspeed"),
         (["train.engine=deepspeed", "train.compile=true"], "compile = true does not go with engine = deepspeed"),
         (["train.engine=deepspeed", "train.channels_last=true"], "channels_last = true does not go with engine = deepspeed"),
-        (["train.engine=deepspeed", "train.clip_norm=1", "train.accumulate=2"], "clip_norm with accumulate above 1 does not go"),
         (["train.engine=deepspeed", "train.zero_stage=3"], "train.zero_stage = 3"),
     ],
 )
