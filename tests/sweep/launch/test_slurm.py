@@ -312,7 +312,7 @@ def test_interrupted_by_the_cluster_it_is_requeued_and_ends_in_the_same_weights(
 
 @pytest.mark.dist
 def test_when_the_submitting_process_is_ended_so_are_its_jobs_and_nothing_is_lost(project, run_bench):
-    command = [*LOCAL, "--guidance", "au", "--set", "train.epochs=30"]
+    command = [*LOCAL, "--guidance", "au", "--set", "train.epochs=100"]
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "bench", *command], cwd=project, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
     ) as submitter:
@@ -353,7 +353,7 @@ def test_the_submitted_script_runs_is_interrupted_and_requeues_itself_by_slurms_
         (folder / name).write_text(f"#!/bin/bash\n{script}\n")
         (folder / name).chmod(0o755)
     asked = ["run", "--launcher", "slurm", "--wait", "--device", "cpu", "--results", "runs"]
-    command = [*asked, "--guidance", "au", "--set", "train.epochs=30"]
+    command = [*asked, "--guidance", "au", "--set", "train.epochs=100"]
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "bench", *command],
         cwd=project,
