@@ -177,6 +177,10 @@ _MIGRATIONS: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {1: _
 """Schema version -> what makes the next one of it. Once released, a step is never changed."""
 
 
+CODE = ("bench", "methods", "backbones", "datasets", "pyproject.toml")
+"""What of a checkout is the running code: results that lie in it, or pages, change nothing."""
+
+
 @cache
 def code_facts() -> CodeFacts:
     """Version, commit and uncommitted changes of the running code, versions of what it stands on."""
@@ -184,8 +188,8 @@ def code_facts() -> CodeFacts:
     commit = diff = None
     if (root / ".git").exists():
         commit = _git(root, "rev-parse", "HEAD")
-        changed = (_git(root, "diff", "HEAD", "--no-ext-diff") or "") + (
-            _git(root, "status", "--porcelain", "--untracked-files=normal") or ""
+        changed = (_git(root, "diff", "HEAD", "--no-ext-diff", "--", *CODE) or "") + (
+            _git(root, "status", "--porcelain", "--untracked-files=normal", "--", *CODE) or ""
         )
         diff = hashlib.sha256(changed.encode()).hexdigest() if changed else None
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
