@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/bench run --methods cam,gradcam,gradcampp,layercam --profile quick --seeds 0,1 --results runs/demo --data data
 	$(BIN)/bench gallery --methods all --profile quick --seeds 0 --results runs/demo --data data --out runs/demo/gallery.png
 
-# The published synthetic leaderboard: records, table, and their check. Half an hour on two cores.
+# The published synthetic leaderboard: records, table, and their check. Forty minutes on two cores.
 leaderboard: $(READY)
 	$(BIN)/bench run --methods all --profile quick --seeds 0-4 --results results --data data --nproc 2 --procs-per-training 1 --device cpu \
 		--metrics energy,pointing,ap
