@@ -118,7 +118,7 @@ def spawn(context: typer.Context, launch: Launch, plan: Plan, *, only: tuple[str
         ConnectionError: the nodes did not come together.
     """
     from bench.sweep.plan import make_plan
-    from bench.training.interruption import REQUEUE, StoppedError, StopRequest, stop_on_signals
+    from bench.training.interruption import REQUEUE, StoppedError, StopRequest
 
     given = context.params
     total = launch.nproc * launch.groups
@@ -128,7 +128,7 @@ def spawn(context: typer.Context, launch: Launch, plan: Plan, *, only: tuple[str
     _say(describe(launch, timeout_s=given["timeout"]))
     started = time.monotonic()
     stop = StopRequest()
-    with stop_on_signals(stop):
+    with stop.on_signals():
         try:
             plan = _prepared(plan, launch, plugins=tuple(given["plugins"] or ()), only=only, stop=stop)
         except StoppedError as error:

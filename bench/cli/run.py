@@ -60,7 +60,7 @@ def run(
     SIGTERM, SIGUSR1 or Ctrl-C: the step at hand is finished and saved, and the run ends with status 75, which asks to be started again. A
     second one ends it at once. Other statuses: 0 done, 1 some cells failed, 2 the request cannot be carried out.
     """
-    from bench.training.interruption import REQUEUE, BrokenWorldError, EverywhereError, StoppedError, StopRequest, stop_on_signals
+    from bench.training.interruption import REQUEUE, BrokenWorldError, EverywhereError, StoppedError, StopRequest
 
     settings = options.settings_from(context)
     if device not in ("auto", "cpu"):
@@ -71,7 +71,7 @@ def run(
         run_by_slurm(context, settings)
         return
     stop = StopRequest()
-    with stop_on_signals(stop):  # from here on: what is imported for the plan takes seconds
+    with stop.on_signals():  # from here on: what is imported for the plan takes seconds
         from bench.sweep.plan import make_plan
         from bench.training.engine import Engine
 
@@ -89,7 +89,7 @@ def run(
     if launch.kind in ("torchrun", "groups"):
         raise typer.Exit(launching.spawn(context, launch, made, only=chosen))
     try:
-        with stop_on_signals(stop):
+        with stop.on_signals():
             engine = Engine(
                 train=settings.config.train,
                 device="cpu" if device == "cpu" else "auto",

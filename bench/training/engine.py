@@ -54,7 +54,7 @@ class Engine:
             trackers: names of Accelerate trackers, ``tensorboard`` or ``wandb``.
             tracking_folder: where trackers write.
             timeout_s: seconds after which a lost process makes the others fail.
-            stop: where a request to stop this process is noted, see `bench.training.interruption.stop_on_signals`.
+            stop: where a request to stop this process is noted, see `bench.training.interruption.StopRequest`.
 
         Raises:
             ValueError: what this machine does not have: an accelerator for fp16 or SyncBatchNorm, DeepSpeed, a tracker.

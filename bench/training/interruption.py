@@ -6,7 +6,8 @@ processes look at the notes at the same step, and raise the same.
 
 from __future__ import annotations
 
-import os
+import _thread
+import ctypes
 import signal
 import threading
 import time
@@ -20,7 +21,8 @@ REQUEUE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Requests to stop: of the cluster before the end of a time limit or a preemption, and of a person at the keyboard."""
 SAME_REQUEST_S = 2.0
-"""Signals within so many seconds are one request: a launcher passes on what the whole process group got as well."""
+"""Signals within so many seconds are one request: a launcher passes on what the whole process group got as well, and the kernel tells of
+the death of a parent once for each of its threads."""
 
 
 class HaltError(BaseException):
@@ -72,6 +74,18 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._changing = threading.Lock()  # never taken by a handler, which may interrupt its holder
+        self._caught = False
+
+    def note(self, number: int) -> None:
+        """Take a signal for a request; to be called by its handler. `SAME_REQUEST_S` after the first, the next one ends the process.
+
+        Python calls a handler when the code at hand returns to it, which a wait for another process or a device does late. So when a signal
+        is noted does not tell when it came, and the second of two that came together must not count for more because it is noted late.
+        """
+        if self.reason is None:
+            self.reason = signal.Signals(number).name
+            _thread.start_new_thread(self._end_by_the_next, ())  # `threading` takes locks that the code at hand may hold
 
     def check(self) -> None:
         """Raise if there is a request.
@@ -82,29 +96,32 @@ class StopRequest:
         if self.reason is not None:
             raise StoppedError(f"stopped by {self.reason}")
 
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Let `SIGNALS` be noted here, for the work at hand to be finished and saved. A second request ends the process at once.
 
-@contextmanager
-def stop_on_signals(stop: StopRequest) -> Iterator[None]:
-    """Let `SIGNALS` be noted in ``stop``, for the work at hand to be finished and saved. A second signal does what it always does.
+        Signals can only be caught in the main thread; elsewhere this does nothing.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
-    Signals can only be caught in the main thread; elsewhere this does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    noted = 0.0
+        def handle(number: int, _: FrameType | None) -> None:
+            self.note(number)
 
-    def note(number: int, _frame: FrameType | None) -> None:
-        nonlocal noted
-        if stop.reason is None:
-            stop.reason, noted = signal.Signals(number).name, time.monotonic()
-        elif time.monotonic() - noted > SAME_REQUEST_S:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        self._caught = True
+        before = {number: signal.signal(number, handle) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            with self._changing:
+                self._caught = False
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def _end_by_the_next(self) -> None:
+        time.sleep(SAME_REQUEST_S)
+        with self._changing:
+            if self._caught:
+                for number in SIGNALS:  # `signal.signal` is for the main thread alone, which may be busy with what shall be ended
+                    ctypes.CDLL(None).signal(int(number), None)

@@ -292,9 +292,10 @@ def _stoppable(stop: StopRequest) -> Iterator[None]:
     """While nodes wait for each other there is nothing to save: a request to stop ends the waiting."""
 
     def leave(number: int, _: FrameType | None) -> None:
-        stop.reason = stop.reason or signal.Signals(number).name
+        stop.note(number)
         stop.check()
 
+    stop.check()
     before = {number: signal.signal(number, leave) for number in SIGNALS}
     try:
         stop.check()
