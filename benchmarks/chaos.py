@@ -140,6 +140,8 @@ class Chaos:
         status = self.wait(process, 60)
         # Before handlers are installed a signal ends the process as it always does; where a shard is damaged the sweep may just have ended.
         assert status in (0, REQUEUE, -number, None) or (status == 1 and self.damaged is not None), status
+        if status == 1 and self.damaged is not None:
+            print(f"     asked by {number.name}, it ended with failed cells, beside the damaged {self.damaged[0].name}")
 
     def pause(self, process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGSTOP)
