@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,20 @@ class AverageMaps:
     """(E, SIDE, SIDE)."""
     example_attention: Bytes
     """(E, SIDE, SIDE)."""
+
+    def misfits(self, *, classes: int, examples: int) -> Iterator[tuple[str, str, str]]:
+        """What is not of ``classes`` classes and ``examples`` examples: field, form it has, form it should have."""
+        of_class, of_example = ("map", "attention", "au_map"), ("example_map", "example_attention")
+        wanted: dict[str, tuple[npt.DTypeLike, tuple[int, ...]]] = {
+            **dict.fromkeys(of_class, (np.uint8, (classes, SIDE, SIDE))),
+            **dict.fromkeys(of_example, (np.uint8, (examples, SIDE, SIDE))),
+            "count": (np.int64, (classes,)),
+            "example_position": (np.int64, (examples,)),
+        }
+        for name, (kind, shape) in wanted.items():
+            array = getattr(self, name)
+            if array.dtype != kind or array.shape != shape:
+                yield name, f"{array.dtype} {array.shape}", f"{np.dtype(kind)} {shape}"
 
 
 class ClassSums:

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from bench.au.maps import expression_ids
 from bench.backbone import BACKBONES
 from bench.data.index import hash_keys
-from bench.evaluation.averages import EXAMPLES, SIDE, AverageMaps, read_average_maps
+from bench.evaluation.averages import EXAMPLES, AverageMaps, read_average_maps
 from bench.evaluation.invariance import TOLERANCE as INVARIANCE_TOLERANCE
 from bench.evaluation.metrics import compute_metrics
 from bench.evaluation.rows import Rows, read_rows
@@ -276,13 +276,11 @@ def _maps_problems(path: Path, record: Record, rows: Rows | None) -> Iterator[Pr
 def _content_problems(path: Path, maps: AverageMaps, labels: npt.NDArray[np.int64], *, classes: int) -> Iterator[Problem]:
     """Average maps that are not of these samples."""
     first = np.concatenate([np.flatnonzero(labels == label)[:EXAMPLES] for label in range(classes)])
-    per_class, per_example = (classes, SIDE, SIDE), (len(first), SIDE, SIDE)
-    shapes = {"map": per_class, "attention": per_class, "au_map": per_class, "example_map": per_example, "example_attention": per_example}
-    for name, shape in shapes.items():
-        array = getattr(maps, name)
-        if array.shape != shape or array.dtype != np.uint8:
-            found = f"the classes and samples make it {shape} uint8"
-            yield Problem(path, name, f"{array.shape} {array.dtype}", found, "these maps are of other data")
+    misfits = list(maps.misfits(classes=classes, examples=len(first)))
+    for name, form, right in misfits:
+        yield Problem(path, name, form, f"the classes and samples make it {right}", "these maps are of other data")
+    if misfits:
+        return
     for name, wanted in (("count", np.bincount(labels, minlength=classes)), ("example_position", first)):
         if getattr(maps, name).tolist() != wanted.tolist():
             found = f"the rows give {shown(wanted.tolist())}"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import re
@@ -14,6 +15,7 @@ from PIL import Image
 
 from bench.data.index import load_index
 from bench.data.pack import prepare
+from bench.evaluation.averages import read_average_maps, write_average_maps
 from bench.reporting.evidence import load_runs
 from bench.reporting.leaderboard import build_tables
 from bench.reporting.references import load_reference
@@ -22,6 +24,7 @@ from bench.reporting.site import write
 from bench.reporting.site.figures import draw_strip
 from bench.reporting.site.write import write_site
 from bench.sweep.store import read_records
+from bench.training.checkpoint import hash_file
 from tests.reporting.cells import CLASSES, SAMPLES, write_cell, write_matrix
 
 
@@ -195,6 +198,17 @@ def test_an_error_half_way_leaves_the_old_site(tmp_path, monkeypatch):
         make(tmp_path / "results", tmp_path / "site")
     assert bytes_of(tmp_path / "site") == before
     assert {path.name for path in tmp_path.iterdir()} == {"results", "site"}
+
+
+def test_maps_of_another_form_are_refused_though_their_hash_fits(tmp_path):
+    cell = write_cell(tmp_path / "results")
+    path, record = cell / "maps.safetensors", cell / "record.json"
+    before = hash_file(path)
+    maps = read_average_maps(path)
+    write_average_maps(path, dataclasses.replace(maps, example_attention=maps.example_attention[:-1]))
+    record.write_text(record.read_text().replace(before, hash_file(path)))
+    with pytest.raises(ValueError, match=r"'example_attention' is uint8 \(2, 32, 32\), it should be uint8 \(3, 32, 32\)"):
+        make(tmp_path / "results", tmp_path / "site")
 
 
 def test_records_without_maps_say_so(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -346,6 +347,15 @@ def test_maps_of_other_samples_are_found_though_their_hash_was_forged(honest):
     write_average_maps(folder / "maps.safetensors", maps)
     seal(folder, read(folder))
     one(found(honest), f"{folder}/maps.safetensors: count", "these maps are of other samples")
+
+
+@pytest.mark.parametrize("field", ["map", "example_attention"])
+def test_maps_of_another_form_are_found_though_their_hash_was_forged(honest, field):
+    folder = cell(honest, "cam", 0)
+    maps = read_average_maps(folder / "maps.safetensors")
+    write_average_maps(folder / "maps.safetensors", dataclasses.replace(maps, **{field: getattr(maps, field)[:, 1:]}))
+    seal(folder, read(folder))
+    one(found(honest), f"{folder}/maps.safetensors: {field}", "these maps are of other data")
 
 
 def test_an_edited_setting_is_found_by_key_and_configuration(honest):

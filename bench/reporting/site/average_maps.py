@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
-from bench.evaluation.averages import SIDE, AverageMaps, read_average_maps
+from bench.evaluation.averages import AverageMaps, read_average_maps
 from bench.sweep.record import Record
 from bench.sweep.store import MAPS
 from bench.training.checkpoint import hash_file
@@ -26,11 +24,8 @@ def maps_of(folder: Path, record: Record) -> AverageMaps | None:
     if hash_file(path) != record.maps_sha256:
         raise ValueError(f"{path} is not the file its record was written with: one of them was changed; see bench verify {folder}")
     maps = read_average_maps(path)
-    classes, examples = len(record.data.classes), len(maps.example_position)
-    for name, count in (("map", classes), ("attention", classes), ("au_map", classes), ("example_map", examples)):
-        array = getattr(maps, name)
-        if array.shape != (count, SIDE, SIDE) or array.dtype != np.uint8:
-            raise ValueError(f"{path}: {name!r} is {array.dtype} {array.shape}, it should be uint8 {(count, SIDE, SIDE)}")
-    if maps.count.shape != (classes,) or not all(0 <= position < record.data.samples for position in maps.example_position.tolist()):
-        raise ValueError(f"{path}: its counts or examples are not those of {record.data.samples} samples in {classes} classes")
+    for name, found, wanted in maps.misfits(classes=len(record.data.classes), examples=len(maps.example_position)):
+        raise ValueError(f"{path}: {name!r} is {found}, it should be {wanted}; see bench verify {folder}")
+    if not all(0 <= position < record.data.samples for position in maps.example_position.tolist()):
+        raise ValueError(f"{path}: its examples are not of {record.data.samples} samples; see bench verify {folder}")
     return maps
