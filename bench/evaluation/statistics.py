@@ -69,6 +69,30 @@ def mcnemar(only_one: npt.ArrayLike, only_other: npt.ArrayLike) -> Doubles:
     return np.asarray(np.minimum(1.0, 2 * stats.binom.cdf(np.minimum(one, other), one + other, 0.5)), dtype=np.float64)
 
 
+def clustered_mcnemar(differences: npt.ArrayLike) -> float:
+    """Exact two-sided p value of `mcnemar`'s question where only clusters of samples, the pictures of a person, are independent.
+
+    Were the classifiers equally good, they could be exchanged in each cluster, so that its difference might as well have the other sign:
+    Fisher's exact test of paired differences (The Design of Experiments, 1935, ch. 3), here with all signs, counted by convolution. Where
+    every cluster is one sample it is McNemar's test.
+
+    Args:
+        differences: (K,) whole numbers: samples of a cluster on which only the first is right, less those on which only the second is.
+
+    Returns:
+        p; 1 where they never differ.
+    """
+    found = np.asarray(differences)
+    sizes, counts = np.unique(np.abs(found[found != 0]), return_counts=True)
+    distribution = np.ones(1)  # of the sum of those with a plus, where every sign is a fair coin's
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        one_size = np.zeros(size * count + 1)
+        one_size[::size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        distribution = np.convolve(distribution, one_size)
+    plus = (np.abs(found).sum() + abs(found.sum())) // 2
+    return min(1.0, 2 * float(distribution[plus:].sum()))
+
+
 def smallest_gap(samples: int, discordant: float, *, alpha: float = 1 - LEVEL) -> float:
     """The smallest difference in accuracy that McNemar's exact test can call one, as a share of ``samples``.
 
@@ -114,6 +138,10 @@ class Bootstrap:
     def units(self, counted: npt.NDArray[np.bool_]) -> int:
         """Independent units among the samples that count: clusters with at least one of them."""
         return len(np.unique(self._of[counted]))
+
+    def sums(self, values: npt.NDArray[Any]) -> Doubles:
+        """Sum over the samples of each cluster: (M, N) -> (M, clusters)."""
+        return np.stack([np.bincount(self._of, weights=row, minlength=self.clusters) for row in values])
 
     def macro_means(self, values: npt.NDArray[Any], labels: npt.NDArray[np.int64], *, counted: npt.NDArray[np.bool_]) -> Doubles:
         """Replicates of the mean over classes of the class means, as `bench.evaluation.metrics` forms it.

@@ -16,8 +16,8 @@ from bench.evaluation.statistics import (
     Bootstrap,
     Interval,
     bootstrap_p,
+    clustered_mcnemar,
     holm,
-    mcnemar,
     seeds_p,
     smallest_gap,
     t_reach,
@@ -329,8 +329,9 @@ class _Paired:
         if self._plain and self._pairs == 1:
             mine, theirs = self._values[:, counted].astype(bool)
             only_one, only_other = int((mine & ~theirs).sum()), int((theirs & ~mine).sum())
-            p, test = float(mcnemar(only_one, only_other)), "exact McNemar"
             total = int(counted.sum())
+            hits, others = self._boot.sums(self._values * counted).round().astype(np.int64)
+            p, test = clustered_mcnemar(hits - others), "exact McNemar" + (" over people" if units < total else "")
             smallest = smallest_gap(total, (only_one + only_other) / total)
         elif self._pairs > 1:
             differences = one - other

@@ -17,6 +17,7 @@ from bench.evaluation.statistics import (
     Bootstrap,
     Interval,
     bootstrap_p,
+    clustered_mcnemar,
     holm,
     mcnemar,
     percentile_interval,
@@ -120,9 +121,9 @@ class Judgement:
 def judge(columns: Mapping[Column, Mapping[int, Sequence[Run]]]) -> Judgement:
     """Compare all rows of every column with each other.
 
-    Two rows differ in a column if their difference stands against *sampling* (exact McNemar for CL with one seed, else a bootstrap over
-    people of the mean over seeds) and, with two seeds or more in common, against *training* (`table_seeds_p`): the larger p counts.
-    Holm's correction is over all comparisons of the table.
+    Two rows differ in a column if their difference stands against *sampling* (exact McNemar for CL with one seed, else a bootstrap of the
+    mean over seeds; both over people, where they are known) and, with two seeds or more in common, against *training* (`table_seeds_p`):
+    the larger p counts. Holm's correction is over all comparisons of the table.
 
     Args:
         columns: column -> row -> its runs, one a seed. Every run has samples, all of one test split.
@@ -195,7 +196,9 @@ class _Column:
             if plain:
                 only_one, only_other = _discordant(values, group)
                 self.discordant += ((only_one + only_other) / len(labels)).tolist()
-                p_values = mcnemar(only_one, only_other) if len(seeds) == 1 else p_values
+                if len(seeds) == 1:
+                    alone = boot.clusters == len(labels)
+                    p_values = mcnemar(only_one, only_other) if alone else _over_people(boot.sums(values), group)
             if len(seeds) > 1:
                 p_values = np.maximum(p_values, table_seeds_p(self._observed[np.array(chosen)], ones, others))
             self.p_values |= {pair.rows: float(p) for pair, p in zip(group, p_values, strict=True)}
@@ -245,6 +248,12 @@ def _discordant(hits: npt.NDArray[np.float32], group: Sequence[_Pair]) -> tuple[
     both = (hits[runs] @ hits[runs].T).round().astype(np.int64)
     right = both.diagonal()
     return right[ones] - both[ones, others], right[others] - both[ones, others]
+
+
+def _over_people(hits: npt.NDArray[np.float64], group: Sequence[_Pair]) -> npt.NDArray[np.float64]:
+    """(P,) p values of pairs of rows with one seed, from the hits (M, clusters) of each run and person."""
+    whole = hits.round().astype(np.int64)
+    return np.array([clustered_mcnemar(whole[pair.mine[0]] - whole[pair.theirs[0]]) for pair in group])
 
 
 def _values(run: Run, metric: Metric) -> npt.NDArray[np.float32]:

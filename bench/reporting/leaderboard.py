@@ -240,7 +240,7 @@ def _judge(drafts: list[_Draft]) -> tuple[Mapping[tuple[int, Column], Judged], s
             f"(exact McNemar, uncorrected); {found.comparisons} comparisons, corrected by Holm"
         )
     if found.clusters < samples:
-        words += f"; the bootstrap draws {found.clusters} people, not {samples} pictures"
+        words += f"; tests count {found.clusters} people as independent, not {samples} pictures"
     return found.cells, words
 
 

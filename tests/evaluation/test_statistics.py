@@ -14,6 +14,7 @@ from statsmodels.stats import contingency_tables, multitest, proportion
 from bench.evaluation.statistics import (
     Bootstrap,
     bootstrap_p,
+    clustered_mcnemar,
     holm,
     mcnemar,
     percentile_interval,
@@ -52,6 +53,41 @@ def test_the_wilson_interval_is_that_of_statsmodels(case):
 def test_a_proportion_that_cannot_be_is_refused(successes, n):
     with pytest.raises(ValueError, match="trials"):
         wilson_interval(successes, n)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mcnemar_over_clusters_of_one_sample_is_mcnemar(seed):
+    signs = np.random.default_rng(seed).choice([-1, 0, 1], 400, p=[0.1, 0.75, 0.15])
+    assert clustered_mcnemar(signs) == pytest.approx(float(mcnemar((signs > 0).sum(), (signs < 0).sum())), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_mcnemar_over_clusters_counts_all_signs(seed):
+    differences = np.random.default_rng(seed).integers(-4, 5, 12)
+    sums = [int(np.dot(signs, differences)) for signs in itertools.product((-1, 1), repeat=12)]
+    expected = np.mean([abs(total) >= abs(differences.sum()) for total in sums])
+    assert clustered_mcnemar(differences) == pytest.approx(expected, rel=1e-9)
+    assert stats.permutation_test(
+        (differences, np.zeros(12, int)), lambda a, b: (a - b).sum(), permutation_type="samples", n_resamples=np.inf
+    ).pvalue == pytest.approx(expected, rel=1e-9)
+
+
+def test_classifiers_that_never_differ_in_a_cluster_are_not_told_apart():
+    assert clustered_mcnemar([0, 0, 0]) == 1
+    assert clustered_mcnemar([2, -2]) == 1
+
+
+def test_people_with_many_pictures_do_not_make_equal_methods_differ():
+    """Each of two equal methods knows some people better: 300 pictures of 30 people say no more than the people do."""
+    rng = np.random.default_rng(1)
+    of_pictures, of_people = 0, 0
+    for _ in range(500):
+        right = rng.random((2, 30, 10)) < rng.beta(2, 1, (2, 30, 1))
+        one, other = right
+        of_pictures += float(mcnemar((one & ~other).sum(), (other & ~one).sum())) < 0.05
+        of_people += clustered_mcnemar(one.sum(axis=1) - other.sum(axis=1)) < 0.05
+    assert of_people <= 25 + 2 * math.sqrt(500 * 0.05 * 0.95)
+    assert of_pictures > 100
 
 
 @settings(max_examples=50, deadline=None)

@@ -9,6 +9,7 @@ from statsmodels.stats import multitest
 
 from bench.evaluation.metrics import compute_metrics
 from bench.evaluation.rows import Rows, write_rows
+from bench.evaluation.statistics import clustered_mcnemar
 from bench.matrix import digest
 from bench.reporting.compare import compare, find_side, match
 from bench.reporting.compare_text import names, sentence, sentences
@@ -72,6 +73,16 @@ def test_accuracy_of_one_seed_is_compared_by_the_exact_mcnemar_test(tmp_path):
     assert found.difference == pytest.approx((only[0] - only[1]) / N)
     assert found.p == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
     assert found.test == "exact McNemar"
+
+
+def test_accuracy_of_one_seed_is_compared_over_people_where_they_are_known(tmp_path):
+    people = np.arange(N) // 20
+    one, other = (cell(tmp_path, method=method, accuracy=a, people=people) for method, a in (("cam", 0.75), ("acol", 0.7)))
+    ((comparison,), _) = compared(tmp_path, one, other)
+    differences = (hits(one)[0].astype(int) - hits(other)[0]).reshape(-1, 20).sum(axis=1)
+    found = comparison.differences["cl"]
+    assert found.p == pytest.approx(clustered_mcnemar(differences))
+    assert (found.test, found.units) == ("exact McNemar over people", N // 20)
 
 
 def test_cosines_of_one_seed_agree_with_the_paired_t_test(tmp_path):

@@ -97,6 +97,23 @@ def test_a_few_people_with_many_pictures_tell_less_than_many_people():
     assert two(people) > 1e-3
 
 
+def test_accuracy_is_judged_by_people_where_they_are_known():
+    """One row knows two of the twelve people, fifty pictures each, and the other does not: too few to tell."""
+    people = np.repeat(np.arange(12), 50)
+    right = {"cam": np.ones(N, np.float32), "acol": (people > 1).astype(np.float32)}
+
+    def p(people):
+        facts = {"labels": LABELS, "people": people, "counted": LABELS > 0}
+        rows = {
+            number: [Run(record=record(method=method), samples=Samples(values={"cl": hits}, **facts))]
+            for number, (method, hits) in enumerate(right.items())
+        }
+        return judge({("cl", "none"): rows}).cells[1, ("cl", "none")].p_best
+
+    assert p(np.full(N, -1)) == pytest.approx(2 * 0.5**100)
+    assert p(people) == pytest.approx(2 * 0.5**2)
+
+
 def test_the_table_says_what_its_split_can_resolve():
     (table,) = build_tables([run("cam"), run("acol")])
     words = re.search(r"CL ± ([0-9.]+) points \(Wilson\); rows differ in ([0-9]+) %.*no gap in CL below ([0-9.]+) points", table.resolution)
