@@ -64,8 +64,21 @@ def test_average_precision_is_that_of_scikit_learn_with_and_without_equal_values
     if levels:
         seen = dataclasses.replace(seen, map_true=(seen.map_true * levels).floor() / levels)
     values, region = maps(seen)
-    expected = [average_precision_score(r.ravel(), m.ravel()) for m, r in zip(values, region, strict=True)]
-    np.testing.assert_allclose(compute("ap", seen)["ap"], expected, rtol=1e-5)
+    found = compute("ap", seen)["ap"]
+    for compared, tolerance in ((values, {"rtol": 1e-3}), ((seen.map_true / 1e-5).round().numpy(), {"rtol": 1e-5})):
+        expected = [average_precision_score(r.ravel(), m.ravel()) for m, r in zip(compared, region, strict=True)]
+        np.testing.assert_allclose(found, expected, **tolerance)
+
+
+def test_rounding_decides_nothing_against_the_au_map():
+    """A border of exactly one half, and a plateau at the maximum, each up to the last digits."""
+    seen = explained(4, count=12)
+    seen = dataclasses.replace(seen, map_true=seen.map_true.mul(4).floor() / 4, au_maps=seen.au_maps.mul(2).round() / 2)
+    noise = 1e-7 * torch.rand((2, *seen.map_true.shape), generator=torch.Generator().manual_seed(0))
+    noisy = dataclasses.replace(seen, map_true=seen.map_true - noise[0], au_maps=seen.au_maps - noise[1])
+    for name in ("energy", "pointing", "ap"):
+        for column, values in compute(name, seen).items():
+            np.testing.assert_allclose(compute(name, noisy)[column], values, atol=2e-6, err_msg=column)
 
 
 def test_a_constant_map_has_no_energy_and_does_in_games_what_chance_does():

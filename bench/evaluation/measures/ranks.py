@@ -5,15 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+EQUAL = 1e-5
+"""Values of maps in [0, 1] that are closer than this are taken for equal. An enlarged map has plateaus up to the last digits, and the
+border of an AU region has pixels of exactly one half: else rounding, which is another one on every machine, would decide their order."""
+
+
+def in_steps(maps: Tensor) -> Tensor:
+    """Values of maps in [0, 1] as whole numbers of `EQUAL`."""
+    return (maps / EQUAL).round()
+
 
 def relevance_ranks(maps: Tensor) -> Tensor:
-    """Place of every pixel from the most relevant, 0, to the least: (B, S, S) -> (B, S, S) int64.
+    """Place of every pixel from the most relevant, 0, to the least, of maps in [0, 1]: (B, S, S) -> (B, S, S) int64.
 
     Equal pixels, such as all those that a ReLU has put to zero, come in one scattered order, the same for all maps of this size: in the
     order of memory they would go row by row, and that the forehead comes before the chin is not what the map says. A constant map
     therefore gives a random order of the pixels.
     """
-    flat = maps.flatten(1)
+    flat = in_steps(maps).flatten(1)
     scatter = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(0)).to(maps.device)
     order = scatter[flat[:, scatter].argsort(dim=1, descending=True, stable=True)]
     places = torch.arange(flat.shape[1], device=maps.device).expand_as(order)

@@ -10,7 +10,7 @@ from bench.au.codebook import ACTION_UNITS, EXPRESSION_UNITS, REFERENCE_FRAME
 from bench.au.maps import unit_maps
 from bench.dataset import EXPRESSIONS
 from bench.evaluation.measures.base import Column, Explained, Measure
-from bench.evaluation.measures.ranks import last_of_equals
+from bench.evaluation.measures.ranks import EQUAL, in_steps, last_of_equals
 
 REGION = 0.5
 """The AU region is where the AU map is at least this: the map is 1 inside an ellipse, 0 outside, and half at the smoothed border."""
@@ -43,7 +43,7 @@ def _unit_cosines(seen: Explained) -> dict[str, Tensor]:
 
 def _region(seen: Explained) -> tuple[Tensor, Tensor]:
     """The AU region (B, S, S) bool, and which samples have one (B,): of a map that vanished at its low resolution nothing is left."""
-    region = seen.au_maps >= REGION
+    region = seen.au_maps >= REGION - EQUAL
     return region, region.flatten(1).any(dim=1)
 
 
@@ -60,7 +60,7 @@ def _energy(seen: Explained) -> dict[str, Tensor]:
 
 def _pointing(seen: Explained) -> dict[str, Tensor]:
     region, there = _region(seen)
-    highest = (seen.map_true == seen.map_true.amax(dim=(1, 2), keepdim=True)).float()
+    highest = (seen.map_true >= seen.map_true.amax(dim=(1, 2), keepdim=True) - EQUAL).float()
     near = _grown(region, radius=TOLERANCE * region.shape[-1] / REFERENCE_FRAME)
     return {"pointing": _where(there, _share(region, highest)), "pointing_near": _where(there, _share(near, highest))}
 
@@ -75,7 +75,7 @@ def _grown(region: Tensor, *, radius: float) -> Tensor:
 
 def _average_precision(seen: Explained) -> dict[str, Tensor]:
     region, there = _region(seen)
-    ordered, order = seen.map_true.flatten(1).sort(dim=1, descending=True)
+    ordered, order = in_steps(seen.map_true).flatten(1).sort(dim=1, descending=True)
     hits = region.flatten(1).take_along_dim(order, dim=1)
     # Pixels of one value are found together: each counts with the precision once all of them are.
     last = last_of_equals(ordered)
