@@ -28,7 +28,8 @@ def verify(
         typer.Option(help="With --rerun: folder of the trainings. Default: that of the results folder each record is in.", file_okay=False),
     ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(min=0, help="With --rerun: largest difference of logits (over the largest) and cosines. Default: 1e-4.")
+        float | None,
+        typer.Option(min=0, help="With --rerun: largest difference, of logits over the largest. Default: 1e-4."),
     ] = None,
     device: Annotated[str, typer.Option(help="With --rerun: auto, or cpu to leave accelerators alone.")] = "auto",
     stamp: Annotated[
@@ -133,8 +134,13 @@ def _print(console: Console, report: Report, reruns: tuple[Rerun, ...], *, stamp
         say(f"{len(problems)} problems in {len(unsound)} of {len(report.folders)} records", "bold red")
     else:
         say(f"{len(report.folders)} records ({samples} rows) are what their hashes, rows, settings and each other say", "green")
-    again = [one.largest for one in reruns if not one.problems]
+    again = [one for one in reruns if not one.problems]
     if again:
-        say(f"{len(again)} records evaluated again from their weights: largest difference {max(again):.2g}", "green")
+        words = f"{len(again)} records evaluated again from their weights: largest difference {max(one.largest for one in again):.2g}"
+        if ties := sum(one.ties for one in again):
+            words += (
+                f", and {ties} of single samples where rounding decided a tie; no mean moves by more than {max(o.shift for o in again):.1g}"
+            )
+        say(words, "green")
     if stamped:
         say(f"{stamped} records stamped", "green")

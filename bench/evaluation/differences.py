@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,16 @@ class Difference:
     """The sample."""
     recorded: str
     found: str
+    gaps: npt.NDArray[np.float64]
+    """(N,) of each sample."""
+    shift: float
+    """Of the mean over classes of the class means, as `bench.evaluation.metrics` forms it."""
+    of_map: bool
+    """Whether a read-out's map is behind it."""
+
+    def beyond(self, tolerance: float) -> int:
+        """Samples that differ by more."""
+        return int((self.gaps > tolerance).sum())
 
 
 def compare_rows(recorded: Rows, found: Rows, *, shared_only: bool = False) -> Iterator[Difference]:
@@ -51,15 +62,27 @@ def compare_rows(recorded: Rows, found: Rows, *, shared_only: bool = False) -> I
 
 def _difference(column: str, rows: Rows, recorded: npt.NDArray[Any], found: npt.NDArray[Any], *, scale: float = 1.0) -> Difference:
     a, b = recorded.astype(np.float64), found.astype(np.float64)
+    of_map = column.startswith(("map_", "measure_"))
     if a.shape != b.shape:
-        return Difference(column=column, largest=float("inf"), key="", recorded=f"shape {a.shape}", found=f"shape {b.shape}")
-    gaps = np.where(np.isnan(a) & np.isnan(b), 0.0, np.abs(a - b) / scale)
-    gaps = np.nan_to_num(gaps, nan=np.inf).reshape(len(a), -1)
-    sample, place = divmod(int(gaps.argmax()), gaps.shape[1])
+        shapes = {"recorded": f"shape {a.shape}", "found": f"shape {b.shape}"}
+        gaps = np.full(len(rows.keys), np.inf)
+        return Difference(column=column, largest=math.inf, key="", **shapes, gaps=gaps, shift=math.inf, of_map=of_map)
+    both = np.where(np.isnan(a) & np.isnan(b), 0.0, np.abs(a - b) / scale)
+    both = np.nan_to_num(both, nan=np.inf).reshape(len(a), -1)
+    sample, place = divmod(int(both.argmax()), both.shape[1])
     return Difference(
         column=column,
-        largest=float(gaps[sample, place]),
+        largest=float(both[sample, place]),
         key=rows.keys[sample],
         recorded=str(recorded.reshape(len(a), -1)[sample, place]),
         found=str(found.reshape(len(a), -1)[sample, place]),
+        gaps=both.max(axis=1),
+        shift=_shift(a - b, rows.labels) if a.ndim == 1 else math.inf,
+        of_map=of_map,
     )
+
+
+def _shift(differences: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> float:
+    """Of the macro mean, over the samples (N,) that are numbers."""
+    means = [np.nanmean(mine) for label in np.unique(labels) if not np.isnan(mine := differences[labels == label]).all()]
+    return abs(float(np.mean(means))) if means else 0.0

@@ -16,6 +16,7 @@ import pytest
 from bench.evaluation.averages import read_average_maps, write_average_maps
 from bench.evaluation.metrics import compute_metrics
 from bench.evaluation.rows import read_rows
+from bench.sweep import rerun as rerun_module
 from bench.sweep.record import parse_record
 from bench.sweep.stamp import is_verified
 from bench.sweep.store import read_records
@@ -462,6 +463,27 @@ def test_a_forger_who_keeps_everything_consistent_is_found_by_the_weights_alone(
     assert len(told) == 2
     assert "2 records stamped" in out
     assert [folder.name[:5] for folder, _ in read_records(honest) if is_verified(folder)] == ["seed0", "seed0"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "change", "passes"),
+    [(1, 0.004, True), (1, 0.4, False), (2, 0.004, False)],
+    ids=["one sample, hardly", "one sample, visible in the mean", "too many samples"],
+)
+def test_the_weights_need_not_give_the_cosine_of_a_tie(honest, data_root, bench_here, monkeypatch, samples, change, passes):
+    monkeypatch.setattr(rerun_module, "EXCEPTIONS", 0.05)  # of 27 samples: one
+    folder = cell(honest, "gradcam", 1)
+    counted = np.flatnonzero(read_rows(folder / "samples.parquet").au_valid)[:samples]
+
+    def edit(values):
+        for place in counted:
+            values[place] -= change
+
+    edit_rows(folder, map_cosine_true=edit)
+    forge(folder)
+    code, out = rerun(bench_here, honest, data_root)
+    assert ("and 1 of single samples where rounding decided a tie" in out) is passes
+    assert (code, "column map_cosine_true" in out) == ((0, False) if passes else (1, True))
 
 
 def test_a_weights_hash_forged_in_all_records_of_a_training_is_found_by_the_weights(honest, data_root, bench_here):
