@@ -69,6 +69,8 @@ def run_by_slurm(context: typer.Context, settings: Settings) -> None:
         typer.echo(f"sacct does not know some of them. If they are gone, remove {book.path} and type the command again")
     if here:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the jobs are ended too
+        # That is done by SIGINT, which processes in the background of a script inherit as ignored, and their children from them.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         slurm.run_here(todo, using, parallel=config.parallel or 1, started=_say)
     elif todo:
         submitted = slurm.submit(todo, using)

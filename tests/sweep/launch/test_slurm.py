@@ -313,8 +313,12 @@ def test_interrupted_by_the_cluster_it_is_requeued_and_ends_in_the_same_weights(
 @pytest.mark.dist
 def test_when_the_submitting_process_is_ended_so_are_its_jobs_and_nothing_is_lost(project, run_bench):
     command = [*LOCAL, "--guidance", "au", "--set", "train.epochs=100"]
+    in_the_background_of_a_script = ["bash", "-c", "trap '' INT; exec \"$@\"", "bash"]  # there SIGINT is ignored
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", "bench", *command], cwd=project, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
+        [*in_the_background_of_a_script, sys.executable, "-P", "-m", "bench", *command],
+        cwd=project,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
     ) as submitter:
         wait_for_checkpoint(project)
         everyone = descendants(submitter.pid)
