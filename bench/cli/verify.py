@@ -29,7 +29,7 @@ def verify(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(min=0, help="With --rerun: largest difference, of logits over the largest. Default: 1e-4."),
+        typer.Option(min=0, help="With --rerun: largest difference, of logits over the largest; 0: every bit. Default: 1e-4."),
     ] = None,
     device: Annotated[str, typer.Option(help="With --rerun: auto, or cpu to leave accelerators alone.")] = "auto",
     stamp: Annotated[

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def rerun(
         data: fingerprint -> folder and index, of the prepared datasets at hand.
         engine: processes and device.
         observer: told of progress.
-        tolerance: largest difference that is not reported, but for `EXCEPTIONS`.
+        tolerance: largest difference that is not reported, but for `EXCEPTIONS`; 0 = every bit, without exceptions.
     """
     groups: dict[str, list[tuple[Path, Record]]] = {}
     for folder in folders:
@@ -141,9 +142,9 @@ def _compared(folder: Path, record: Record, found: Evaluated, problems: list[Pro
             Problem(folder / ROWS, "column key", f"{len(rows.keys)} samples", "the data has others", "other samples were evaluated")
         )
         return Rerun(folder=folder, largest=float("inf"), problems=tuple(problems))
-    differences = list(compare_rows(rows, found.rows))
-    let_pass = [one for one in differences if one.largest > tolerance and _by_ties(one, tolerance=tolerance)]
-    differences = [one for one in differences if one not in let_pass]
+    differences, let_pass = list[Difference](), list[Difference]()
+    for one in compare_rows(rows, found.rows):
+        (let_pass if one.largest > tolerance and _by_ties(one, tolerance=tolerance) else differences).append(one)
     problems += [
         Problem(
             folder / ROWS,
@@ -167,8 +168,9 @@ def _compared(folder: Path, record: Record, found: Evaluated, problems: list[Pro
 
 
 def _by_ties(one: Difference, *, tolerance: float) -> bool:
-    """Whether so few samples differ, and so little in the mean, that rounding explains it."""
-    return one.of_map and np.isfinite(one.largest) and one.beyond(tolerance) <= EXCEPTIONS * len(one.gaps) and one.shift <= SHIFT
+    """Whether so few samples differ, and so little in the mean, that rounding explains it; never if every bit is asked for."""
+    few = one.beyond(tolerance) <= EXCEPTIONS * len(one.gaps) and one.shift <= SHIFT
+    return tolerance > 0 and one.of_map and math.isfinite(one.largest) and few
 
 
 def _map_problems(path: Path, found: AverageMaps, *, tolerance: float) -> Iterator[Problem]:
@@ -185,7 +187,7 @@ def _map_problems(path: Path, found: AverageMaps, *, tolerance: float) -> Iterat
             yield Problem(path, field.name, f"shape {mine.shape}", f"its weights give {theirs.shape}", "not the maps of these weights")
             continue
         gaps = np.abs(mine.astype(np.int64) - theirs).reshape(len(mine), -1).max(axis=1, initial=0)
-        if field.name == "example_map" and (gaps > allowed).sum() == 1:
+        if field.name == "example_map" and tolerance > 0 and (gaps > allowed).sum() == 1:
             continue  # a tie, see `EXCEPTIONS`
         if (steps := int(gaps.max(initial=0))) > (allowed if mine.dtype == np.uint8 else 0):
             gap = f"its weights give values up to {steps} steps of 1/255 away, {allowed} allowed"

@@ -466,11 +466,11 @@ def test_a_forger_who_keeps_everything_consistent_is_found_by_the_weights_alone(
 
 
 @pytest.mark.parametrize(
-    ("samples", "change", "passes"),
-    [(1, 0.004, True), (1, 0.4, False), (2, 0.004, False)],
-    ids=["one sample, hardly", "one sample, visible in the mean", "too many samples"],
+    ("samples", "change", "tolerance", "passes"),
+    [(1, 0.004, "1e-4", True), (1, 0.4, "1e-4", False), (2, 0.004, "1e-4", False), (1, 0.004, "0", False)],
+    ids=["one sample, hardly", "one sample, visible in the mean", "too many samples", "every bit"],
 )
-def test_the_weights_need_not_give_the_cosine_of_a_tie(honest, data_root, bench_here, monkeypatch, samples, change, passes):
+def test_the_weights_need_not_give_the_cosine_of_a_tie(honest, data_root, bench_here, monkeypatch, samples, change, tolerance, passes):
     monkeypatch.setattr(rerun_module, "EXCEPTIONS", 0.05)  # of 27 samples: one
     folder = cell(honest, "gradcam", 1)
     counted = np.flatnonzero(read_rows(folder / "samples.parquet").au_valid)[:samples]
@@ -481,7 +481,7 @@ def test_the_weights_need_not_give_the_cosine_of_a_tie(honest, data_root, bench_
 
     edit_rows(folder, map_cosine_true=edit)
     forge(folder)
-    code, out = rerun(bench_here, honest, data_root)
+    code, out = rerun(bench_here, honest, data_root, "--tolerance", tolerance)
     assert ("and 1 of single samples where rounding decided a tie" in out) is passes
     assert (code, "column map_cosine_true" in out) == ((0, False) if passes else (1, True))
 
