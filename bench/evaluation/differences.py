@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bench.evaluation.metrics import macro
 from bench.evaluation.rows import Rows
 
 
@@ -83,6 +84,6 @@ def _difference(column: str, rows: Rows, recorded: npt.NDArray[Any], found: npt.
 
 
 def _shift(differences: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> float:
-    """Of the macro mean, over the samples (N,) that are numbers."""
-    means = [np.nanmean(mine) for label in np.unique(labels) if not np.isnan(mine := differences[labels == label]).all()]
-    return abs(float(np.mean(means))) if means else 0.0
+    """Of the macro mean, over the samples (N,) that are numbers; 0 if none is."""
+    counted = ~np.isnan(differences)
+    return abs(float(macro(differences[None], labels, counted=counted)[0])) if counted.any() else 0.0

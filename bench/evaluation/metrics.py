@@ -100,3 +100,9 @@ def _measure_summary(values: Floats, labels: Ints, classes: Sequence[str]) -> di
         "samples": sum(entry["samples"] for entry in per_class.values()),
         "per_class": per_class,
     }
+
+
+def macro(values: npt.NDArray[np.floating], labels: npt.NDArray[np.int64], *, counted: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """(M,) mean over classes of the class means of (M, N) as the tables show it; NaN where no sample counts."""
+    means = [values[:, counted & (labels == label)].mean(axis=1, dtype=np.float64) for label in np.unique(labels[counted])]
+    return np.asarray(np.mean(means, axis=0) if means else np.full(len(values), np.nan), dtype=np.float64)

@@ -82,7 +82,7 @@ def clustered_mcnemar(differences: npt.ArrayLike) -> float:
     Returns:
         p; 1 where they never differ.
     """
-    found = np.asarray(differences)
+    found = np.rint(differences).astype(np.int64)
     sizes, counts = np.unique(np.abs(found[found != 0]), return_counts=True)
     distribution = np.ones(1)  # of the sum of those with a plus, where every sign is a fair coin's
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):

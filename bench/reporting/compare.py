@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from bench.evaluation.metrics import macro
 from bench.evaluation.statistics import (
     LEVEL,
     Bootstrap,
@@ -24,7 +25,7 @@ from bench.evaluation.statistics import (
 )
 from bench.matrix import digest
 from bench.registry import did_you_mean
-from bench.reporting.evidence import METRICS, Metric, Run, load_samples, macro
+from bench.reporting.evidence import METRICS, Metric, Run, load_samples
 from bench.reporting.leaderboard import comparable, essential, fullest, is_finite
 from bench.sweep.record import Record
 from bench.sweep.store import RECORD, ROWS, read_records
@@ -330,7 +331,7 @@ class _Paired:
             mine, theirs = self._values[:, counted].astype(bool)
             only_one, only_other = int((mine & ~theirs).sum()), int((theirs & ~mine).sum())
             total = int(counted.sum())
-            hits, others = self._boot.sums(self._values * counted).round().astype(np.int64)
+            hits, others = self._boot.sums(self._values * counted)
             p, test = clustered_mcnemar(hits - others), "exact McNemar" + (" over people" if units < total else "")
             smallest = smallest_gap(total, (only_one + only_other) / total)
         elif self._pairs > 1:

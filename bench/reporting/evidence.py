@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from bench.evaluation.metrics import macro
 from bench.evaluation.rows import read_columns
 from bench.evaluation.statistics import (
     LEVEL,
@@ -252,16 +253,9 @@ def _discordant(hits: npt.NDArray[np.float32], group: Sequence[_Pair]) -> tuple[
 
 def _over_people(hits: npt.NDArray[np.float64], group: Sequence[_Pair]) -> npt.NDArray[np.float64]:
     """(P,) p values of pairs of rows with one seed, from the hits (M, clusters) of each run and person."""
-    whole = hits.round().astype(np.int64)
-    return np.array([clustered_mcnemar(whole[pair.mine[0]] - whole[pair.theirs[0]]) for pair in group])
+    return np.array([clustered_mcnemar(hits[pair.mine[0]] - hits[pair.theirs[0]]) for pair in group])
 
 
 def _values(run: Run, metric: Metric) -> npt.NDArray[np.float32]:
     assert run.samples is not None
     return run.samples.values[metric]
-
-
-def macro(values: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], *, counted: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    """(M,) mean over classes of the class means of (M, N)."""
-    means = [values[:, counted & (labels == label)].mean(axis=1, dtype=np.float64) for label in np.unique(labels[counted])]
-    return np.asarray(np.mean(means, axis=0) if means else np.full(len(values), np.nan), dtype=np.float64)
