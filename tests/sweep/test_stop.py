@@ -116,16 +116,18 @@ def test_stopped_while_a_dataset_is_prepared_the_next_start_goes_on(bench_here, 
 
 
 def run_code(code):
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd="/")
+    head = """
+import hashlib, os, signal, threading, time
+from bench.training import interruption
+interruption.SAME_REQUEST_S = 0.1
+stop = interruption.StopRequest()
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", head + code], capture_output=True, text=True, timeout=120, check=False, cwd="/")
     return done.returncode, done.stdout, done.stderr
 
 
 def test_a_second_signal_stops_at_once():
     code = """
-import signal, time
-from bench.training import interruption
-interruption.SAME_REQUEST_S = 0.1
-stop = interruption.StopRequest()
 with stop.on_signals():
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)  # the launcher passes on what the whole group got: no second request
@@ -140,10 +142,6 @@ with stop.on_signals():
 
 def test_a_signal_of_the_same_request_that_is_heard_late_is_no_second_one():
     code = """
-import hashlib, os, signal, threading, time
-from bench.training import interruption
-interruption.SAME_REQUEST_S = 0.1
-stop = interruption.StopRequest()
 with stop.on_signals():
     signal.raise_signal(signal.SIGTERM)
     threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -157,10 +155,6 @@ with stop.on_signals():
 
 def test_handlers_are_those_of_before_when_nothing_is_left_to_save():
     code = """
-import signal, time
-from bench.training import interruption
-interruption.SAME_REQUEST_S = 0.1
-stop = interruption.StopRequest()
 with stop.on_signals():
     signal.raise_signal(signal.SIGINT)
 time.sleep(0.3)
