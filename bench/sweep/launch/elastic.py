@@ -295,7 +295,7 @@ def _stoppable(stop: StopRequest) -> Iterator[None]:
         stop.note(number)
         stop.check()
 
-    stop.check()
+    stop.check()  # or the handlers put back below would take the place of the default that a second request meets
     before = {number: signal.signal(number, leave) for number in SIGNALS}
     try:
         stop.check()
