@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from bench.data.keyed import keyed_seeds, keyed_uniform
+from bench.keyed import keyed_seeds, keyed_uniform
 from bench.method import METHODS, Batch, Default, Output
 from bench.methods.cam import CAM
 from bench.registry import EntryOptions

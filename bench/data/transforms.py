@@ -20,7 +20,7 @@ from bench.au.codebook import REFERENCE_FRAME
 from bench.au.maps import GRID, action_unit_maps
 from bench.config import AugmentConfig
 from bench.data.batch import RawBatch
-from bench.data.keyed import keyed_normal_at, keyed_seeds, keyed_uniform
+from bench.keyed import keyed_normal_at, keyed_seeds, keyed_uniform
 from bench.method import Batch
 
 RESIZE = 256

@@ -12,8 +12,8 @@ from bench.au import REFERENCE_FRAME, action_unit_maps
 from bench.config import AugmentConfig
 from bench.data import transforms
 from bench.data.batch import RawBatch, key_hash
-from bench.data.keyed import keyed_seeds
 from bench.data.transforms import eval_images, eval_landmarks, train_batch
+from bench.keyed import keyed_seeds
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 IDENTITY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}

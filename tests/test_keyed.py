@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.data.batch import key_hash
-from bench.data.keyed import _mix, derive_seed, keyed_normal, keyed_normal_at, keyed_seeds, keyed_uniform
+from bench.keyed import _mix, derive_seed, keyed_normal, keyed_normal_at, keyed_seeds, keyed_uniform
 
 HASHES = torch.tensor([key_hash(f"sample-{i}") for i in range(2000)])
 
