@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -22,12 +23,44 @@ class DatasetRef:
     """A prepared dataset as the matrix sees it."""
 
     name: str
+    """What the user calls it. No identity: two folders may have one name."""
     entry: str
     """Registered dataset behind it."""
     fingerprint: str
-    """`bench.data.index.Index.fingerprint`."""
+    """Its identity, that of its content: `bench.data.index.Index.fingerprint`."""
     samples: Mapping[str, int]
     """Split -> number of samples."""
+    label: str = ""
+    """What messages and tables of a plan call it, where the name alone would not do."""
+
+    @property
+    def shown(self) -> str:
+        """Its label, or its name where that is enough."""
+        return self.label or self.name
+
+
+def tell_apart(datasets: Mapping[str, DatasetRef]) -> dict[str, DatasetRef]:
+    """Give datasets of one name labels with the beginnings of their fingerprints: ``faces@1a2b3c4d``.
+
+    Raises:
+        ConfigError: two of them are the same data.
+    """
+    first: dict[str, str] = {}
+    for given, dataset in datasets.items():
+        twin = first.setdefault(dataset.fingerprint, given)
+        if twin != given:
+            raise ConfigError(
+                f"run.datasets: {twin!r} and {given!r} are the same data (fingerprint {dataset.fingerprint[:8]}); name it once"
+            )
+    names = Counter(dataset.name for dataset in datasets.values())
+    return {
+        given: dataset if names[dataset.name] == 1 else dataclasses.replace(dataset, label=f"{dataset.name}@{dataset.fingerprint[:8]}")
+        for given, dataset in datasets.items()
+    }
+
+
+SCHEME = 2
+"""How weights follow from an identity. 2: what a layer draws and what CutMix pairs no longer depends on the number of processes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +79,14 @@ class Training:
     """The sections of the configuration that decide the weights, resolved."""
     brought: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Dotted key -> source, of the values above that entries brought along. No part of the identity: the values are."""
+    scheme: int = SCHEME
+    """How weights follow from all this; older records have an older one."""
 
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that can change the weights, JSON-able."""
         return {
-            "kind": "training/1",
+            "kind": f"training/{self.scheme}",
             "trains_as": self.trains_as,
             "method_options": self.method_options,
             "variant": self.variant,
@@ -71,7 +106,7 @@ class Training:
     @property
     def label(self) -> str:
         """Short name for logs and errors."""
-        return f"{self.dataset.name}/{self.backbone}/{self.trains_as}/{self.guidance}/seed{self.seed}"
+        return f"{self.dataset.shown}/{self.backbone}/{self.trains_as}/{self.guidance}/seed{self.seed}"
 
     def derived_seed(self, role: str) -> int:
         """A 63-bit seed for one role (``init``, ``data``, ``step``).
@@ -114,7 +149,7 @@ class Cell:
     def label(self) -> str:
         """Short name for logs and errors."""
         t = self.training
-        return f"{t.dataset.name}/{t.backbone}/{self.method}/{t.guidance}/seed{t.seed}"
+        return f"{t.dataset.shown}/{t.backbone}/{self.method}/{t.guidance}/seed{t.seed}"
 
 
 class Planned(NamedTuple):
@@ -173,6 +208,7 @@ def build_matrix(settings: Settings, datasets: Mapping[str, DatasetRef]) -> Matr
         for guidance in config.run.guidance
         for seed in config.run.seeds
     ]
+    assert len({cell.label for cell in cells}) == len(cells), "labels tell the cells of a plan apart"
     return Matrix(cells=tuple(cells))
 
 
@@ -261,7 +297,7 @@ def _training(
     if samples < batch_size:
         raise ConfigError(
             f"{settings.origin('train.batch_size')}: train.batch_size = {batch_size} is above the {samples} training samples of "
-            f"{dataset.name}; try --set train.batch_size={max(1, samples // 4)}"
+            f"{dataset.shown}; try --set train.batch_size={max(1, samples // 4)}"
         )
     resolved: dict[str, Any] = {
         "train": config.train.model_dump(mode="json", exclude={"checkpoint_minutes"}),

@@ -48,6 +48,6 @@ def gallery(
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {out}: the gallery is a PNG; name it {out.with_suffix('.png')}")
     reader = open_reader(source.folder, "test")
-    picture = draw_gallery(plan, choose_faces(reader, skip=skip), reader, dataset=source.name, seed=seed, cell=cell)
+    picture = draw_gallery(plan, choose_faces(reader, skip=skip), reader, fingerprint=source.index.fingerprint, seed=seed, cell=cell)
     picture.quantize(256).save(out, optimize=True)  # a third of the bytes, and no difference to the eye
     Console().print(f"{out}: {source.name}, seed {seed}", highlight=False)

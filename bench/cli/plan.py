@@ -96,12 +96,14 @@ def show_plan(plan: Plan, *, processes: int = 1, groups: int = 1, on: str | None
     table = Table("dataset", "backbone", "trains as", "guidance", "seed", "read out by", "training", *extra)
     for training, cells in plan.matrix.trainings:
         names = ", ".join(f"[green]{c.method}[/]" if c.key in plan.done else c.method for c in cells)
-        columns = [training.dataset.name, training.backbone, training.trains_as, training.guidance, str(training.seed), names]
+        columns = [training.dataset.shown, training.backbone, training.trains_as, training.guidance, str(training.seed), names]
         table.add_row(*columns, training.key[:10], *(_estimate_columns(told, training.key) if told else ()))
     console.print(table)
     brought = {f"{key} for {source}" for training, _ in plan.matrix.trainings for key, source in training.brought.items()}
     for line in sorted(brought):
         console.print(f"set by an entry: {line}", highlight=False, markup=False)
+    for line in _twin_lines(plan):
+        console.print(line, highlight=False, markup=False)
     for source in plan.sources.values():
         if source.index is None:
             console.print(f"dataset [bold]{source.name}[/] will be prepared in {source.folder}", highlight=False)
@@ -114,6 +116,13 @@ def show_plan(plan: Plan, *, processes: int = 1, groups: int = 1, on: str | None
     if plan.to_do:
         for line in _forecast_lines(told, history, device):
             console.print(line, highlight=False, markup=False)
+
+
+def _twin_lines(plan: Plan) -> list[str]:
+    """Which folder is which, of datasets that have the same name."""
+    labels = {training.dataset.fingerprint: training.dataset.label for training, _ in plan.matrix.trainings if training.dataset.label}
+    sources = [source for source in plan.sources.values() if source.reference().fingerprint in labels]
+    return [f"{labels[source.reference().fingerprint]} is {source.folder}" for source in sources]
 
 
 def _estimate_columns(told: Forecast, key: str) -> list[str]:

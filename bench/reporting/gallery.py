@@ -64,19 +64,27 @@ def choose_faces(reader: Reader, *, skip: int = 0) -> Faces:
     return Faces(names=tuple(reader.classes[label] for label in labels), batch=batch)
 
 
-def draw_gallery(plan: Plan, faces: Faces, reader: Reader, *, dataset: str, seed: int, cell: int = 72) -> Image.Image:
+def draw_gallery(plan: Plan, faces: Faces, reader: Reader, *, fingerprint: str, seed: int, cell: int = 72) -> Image.Image:
     """Rows: the face, its AU map, one row a method. Columns: each expression, without and with guidance.
 
     Maps are of the true class, min-max scaled, laid over the face as heat. Trainings that are not finished are left blank.
 
+    Args:
+        plan: whose trainings are shown.
+        faces: of `choose_faces`.
+        reader: of the split they are from.
+        fingerprint: of the dataset.
+        seed: of the trainings.
+        cell: side of a picture of the sheet, in pixels.
+
     Raises:
         ValueError: nothing of the plan is trained yet.
     """
-    cells = [c for c in plan.matrix.cells if c.training.dataset.name == dataset and c.training.seed == seed]
+    cells = [c for c in plan.matrix.cells if c.training.dataset.fingerprint == fingerprint and c.training.seed == seed]
     store = Store(plan.settings.config.run.results)
     maps = _maps(cells, faces, reader, store)
     if not maps:
-        raise ValueError(f"nothing is trained yet for {dataset}, seed {seed}, in {store.root}; first: bench run")
+        raise ValueError(f"nothing is trained yet for this data, seed {seed}, in {store.root}; first: bench run")
     rows = sorted({(c.method, c.training.backbone) for c in cells}, key=lambda row: (table_order(row[0]), row[1]))
     size = faces.batch.images.shape[-1]
     landmarks = eval_landmarks(faces.batch.landmarks, stored=size, size=REFERENCE_FRAME)

@@ -14,7 +14,7 @@ from bench.config import ConfigError, Settings
 from bench.data.index import INDEX_NAME, Index, load_index
 from bench.data.pack import BusyError, Progress, prepare, prepared_folder
 from bench.dataset import DATASETS
-from bench.matrix import DatasetRef, parse_options
+from bench.matrix import DatasetRef, digest, parse_options
 from bench.registry import did_you_mean
 from bench.training.interruption import StopRequest
 from bench.training.observer import Observer
@@ -40,7 +40,7 @@ class Source:
     """None = still to be prepared."""
 
     def reference(self) -> DatasetRef:
-        """For the matrix. A dataset still to be prepared has a provisional fingerprint."""
+        """For the matrix. A dataset still to be prepared has a provisional fingerprint, of what it will be prepared from."""
         if self.index is not None:
             return DatasetRef(
                 name=self.name,
@@ -51,7 +51,10 @@ class Source:
         target = DATASETS.get(self.entry).target
         splits = target(target.Options.model_validate(self.options), raw=self.raw).splits()
         return DatasetRef(
-            name=self.name, entry=self.entry, fingerprint="unprepared", samples={split: len(items) for split, items in splits.items()}
+            name=self.name,
+            entry=self.entry,
+            fingerprint=digest(["unprepared", self.entry, self.options, str(self.raw)]),
+            samples={split: len(items) for split, items in splits.items()},
         )
 
 
@@ -86,6 +89,11 @@ def resolve_dataset(settings: Settings, name: str) -> Source:
     folder = prepared_folder(root, name=name, entry_name=entry, options=options)
     if (folder / INDEX_NAME).is_file():
         index = load_index(folder)
+        if index.entry != entry:
+            raise ConfigError(
+                f"{where}: {folder} was prepared from the dataset {index.entry!r}, not from {entry!r}. "
+                f"Prepare it again with --overwrite, or use another name"
+            )
         different = [
             f"{key}: prepared with {index.options.get(key)!r}, configured {options[key]!r}"
             for key in section

@@ -9,7 +9,7 @@ import torch
 
 from bench.config import ConfigError, Settings
 from bench.dataset import DATASETS
-from bench.matrix import Matrix, Planned, Training, build_matrix, check_sections, check_world
+from bench.matrix import Matrix, Planned, Training, build_matrix, check_sections, check_world, tell_apart
 from bench.sweep.datasets import Source, check_splits, resolve_dataset
 from bench.sweep.store import Store
 from bench.training.build import build_classifier, build_reader
@@ -63,14 +63,14 @@ def make_plan(settings: Settings, *, world_size: int = 1, only: Sequence[str] = 
 
 
 def read_matrix(settings: Settings) -> tuple[Mapping[str, Source], Matrix]:
-    """The datasets by name, and the cells: all that looking at results needs. Builds no network.
+    """The datasets by the name or path given, and the cells: all that looking at results needs. Builds no network.
 
     Raises:
         ConfigError: see `resolve_dataset` and `build_matrix`.
     """
     _check_dataset_tables(settings)
     sources = {name: resolve_dataset(settings, name) for name in settings.config.run.datasets}
-    return sources, build_matrix(settings, {name: source.reference() for name, source in sources.items()})
+    return sources, build_matrix(settings, tell_apart({name: source.reference() for name, source in sources.items()}))
 
 
 def only_trainings(matrix: Matrix, keys: Sequence[str]) -> Matrix:

@@ -44,6 +44,7 @@ def restore(folder: Path) -> Restored:
         dataset=DatasetRef(**trained["dataset"], fingerprint=identity["dataset"], samples={}),
         seed=identity["seed"],
         settings=identity["settings"],
+        scheme=int(identity["kind"].rpartition("/")[2]),
     )
     if training.key != trained["training"]:
         raise ValueError(f"{folder}/trained.json was changed: it says {trained['training'][:10]}, its settings give {training.key[:10]}")

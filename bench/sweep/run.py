@@ -491,22 +491,22 @@ def _record(cell: Cell, result: Evaluated, facts: _Facts, *, hashes: Hashes) -> 
 
 
 class _Readers:
-    """Opened splits, kept while consecutive trainings use the same dataset."""
+    """Opened splits, kept while consecutive trainings use the same data."""
 
     def __init__(self, plan: Plan, engine: Engine) -> None:
         self._plan = plan
         self._engine = engine
-        self._dataset = ""
+        self._fingerprint = ""
         self._open: dict[str, Reader] = {}
+        self._sources = {source.index.fingerprint: source for source in plan.sources.values() if source.index is not None}
 
     def source(self, training: Training) -> Source:
-        # The plan's names are those given, which may be paths.
-        return next(source for source in self._plan.sources.values() if source.reference() == training.dataset)
+        return self._sources[training.dataset.fingerprint]
 
     def open(self, training: Training, split: str) -> Reader:
-        if training.dataset.name != self._dataset:
+        if training.dataset.fingerprint != self._fingerprint:
             self._open.clear()  # frees the decoded pictures of the dataset before
-            self._dataset = training.dataset.name
+            self._fingerprint = training.dataset.fingerprint
         if split not in self._open:
             config = self._plan.settings.config
             loader = config.loader

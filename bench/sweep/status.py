@@ -95,7 +95,7 @@ def _statuses(store: Store, training: Training, cells: Sequence[Cell], config: S
             state = "waiting"
         t = training
         yield CellStatus(
-            dataset=t.dataset.name,
+            dataset=t.dataset.shown,
             backbone=t.backbone,
             method=cell.method,
             guidance=t.guidance,

@@ -339,4 +339,10 @@ def _data_problems(fact: Facts, folder: Path, index: Index) -> Iterator[Problem]
     if edited:
         found = f"{folder} has {indexed[edited[0]]} ({len(edited)} samples differ)"
         where = f"sample {shown(edited[0])}, column label"
-        yield Problem(fact.folder / ROWS, where, str(recorded[edited[0]]), found, "a label was edited, or rows were swapped")
+        yield Problem(
+            fact.folder / ROWS,
+            where,
+            str(recorded[edited[0]]),
+            found,
+            "a label was edited, rows were swapped, or they are of other pictures",
+        )

@@ -242,7 +242,7 @@ def test_the_gallery_shows_faces_au_maps_and_the_maps_of_all_trained_cells(go, r
     faces = choose_faces(reader)
     assert len(faces.names) == 6
     assert "neutral" not in faces.names
-    sheet = np.asarray(draw_gallery(plan, faces, reader, dataset="synthetic", seed=0, cell=40))
+    sheet = np.asarray(draw_gallery(plan, faces, reader, fingerprint=plan.matrix.cells[0].training.dataset.fingerprint, seed=0, cell=40))
     row = slice(36 + 2 * 43, 36 + 2 * 43 + 40)  # of CAM
     assert sheet[row, 92:132].std() > 10
     assert (sheet[row, 92 + 43 : 92 + 83] == 255).all()  # guidance au is not trained yet: blank
