@@ -48,7 +48,12 @@ def keyed_uniform(seeds: Tensor, *, stream: int, count: int) -> Tensor:
     Returns:
         (B, count) float64.
     """
-    return _shift(_words(seeds, stream, count), 11).to(torch.float64) * 2.0**-53
+    return keyed_words(seeds, stream=stream, count=count).to(torch.float64) * 2.0**-53
+
+
+def keyed_words(seeds: Tensor, *, stream: int, count: int) -> Tensor:
+    """The integers behind `keyed_uniform`, uniform on [0, 2**53): (B, count) int64."""
+    return _shift(_words(seeds, stream, count), 11)
 
 
 def keyed_normal(seeds: Tensor, *, stream: int, shape: tuple[int, ...]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class Batch:
     Shapes: ``positions`` (B,) int64, index in the split; ``seeds`` (B,) int64, randomness of this sample in this epoch;
     ``images`` (B, 3, S, S) float32; ``labels`` (B,) int64; ``au_maps`` (B, G, G) float32 in the frame of ``images``,
     zeros where ``au_valid`` (B,) bool is False.
+
+    A subclass may add tensors: those with dimensions begin with B, those without, (), are of the batch as a whole.
     """
 
     positions: Tensor
@@ -50,6 +52,19 @@ class Batch:
     labels: Tensor
     au_maps: Tensor
     au_valid: Tensor
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def chunks(self, count: int) -> list[Self]:
+        """Cut into ``count`` equal batches in order (processes, gradient accumulation)."""
+        size, rest = divmod(len(self), count)
+        assert not rest, (len(self), count)
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return [
+            dataclasses.replace(self, **{name: tensor[start : start + size] for name, tensor in tensors.items() if tensor.dim()})
+            for start in range(0, len(self), size)
+        ]
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -97,7 +112,11 @@ class Method(ABC):
         """Put this method's head on the backbone."""
 
     def mix(self, batch: Batch) -> Batch:
-        """Mix samples of a training batch (CutMix). Randomness comes from ``batch.seeds`` only."""
+        """Mix samples of a training batch (CutMix), which is all that a step sees, over all processes and micro-batches.
+
+        Randomness comes from ``batch.seeds`` only. Every process gets the same batch, in the order of the epoch plan, and goes on with
+        its own part of what this gives: sample for sample the same number, in the same order.
+        """
         return batch
 
     def loss(self, output: Output, batch: Batch) -> Tensor:

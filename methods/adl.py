@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.backbone import Backbone
+from bench.draws import site_of, step_uniform
 from bench.method import METHODS, Classifier, Method, Output, Variant
 from bench.methods.cam import GAPClassifier
 from bench.registry import EntryOptions
@@ -63,7 +64,9 @@ class ADLClassifier(GAPClassifier):
             # `encoder.layer4.2` of the published code is the second block, since the list there holds dropout layers too.
             self._tapped = min(1, len(blocks) - 1) if _numbered(blocks) else len(blocks) - 1
         for layer, index in backbone.attention_points():
-            backbone.blocks(layer)[index].register_forward_hook(functools.partial(_dropout_hook, figures=figures))
+            backbone.blocks(layer)[index].register_forward_hook(
+                functools.partial(_dropout_hook, figures=figures, site=site_of("adl", layer, index))
+            )
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Output:
         """See `Classifier.forward`."""
@@ -93,8 +96,7 @@ class ADL(Method):
 
     They stand after the first block of the last two stages and after the very last block: in a ResNet-50 after layer3.0,
     layer4.0 and layer4.2, as in the authors' code. In a network with one block a stage, the last two are the same place, which
-    gets one layer. Each layer draws once a forward pass, for all samples alike, from torch's own generator, which the trainer
-    seeds at every step.
+    gets one layer. Each layer draws once a step, for all samples alike, whatever process they are on.
 
     Variant ``official`` has the two faults of the published FER code. The dropout layers shift
     the positions in the list of blocks, but not the names of pretrained weights: blocks get those of a later one, and the
@@ -170,9 +172,9 @@ def _initialise(block: nn.Module) -> None:
             module.reset_parameters()
 
 
-def _dropout_hook(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor, *, figures: _Figures) -> Tensor:
+def _dropout_hook(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor, *, figures: _Figures, site: int) -> Tensor:
     if not module.training:
         return output
     # floor(uniform + rate) as published; on the CPU, so that no device has to be waited for.
-    drop = bool(torch.rand(()) + figures.drop_rate >= 1)
+    drop = bool(step_uniform(site) + figures.drop_rate >= 1)
     return attention_dropout(output, drop=drop, threshold=figures.threshold)

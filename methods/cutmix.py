@@ -102,7 +102,7 @@ def random_box(seed: Tensor, *, size: int, beta: float, probability: float) -> B
     ),
 )
 class CutMix(CAM):
-    """CAM of a network trained on pictures that are mixed in pairs within each micro-batch.
+    """CAM of a network trained on pictures that are mixed in pairs within each batch.
 
     AU maps are mixed by the same box, cell by cell of their grid in proportion to the covered area. What a picture without AU
     map contributes to one is where the variants differ; the CutMix paper knows no AU maps.
@@ -123,10 +123,9 @@ class CutMix(CAM):
         """Of mixing a batch; 1 in the published FER code."""
 
     def mix(self, batch: Batch) -> MixedBatch:
-        """See `Method.mix`. One box a micro-batch; partners are a random permutation of its samples.
+        """See `Method.mix`. One box a batch; partners are a random permutation of its samples.
 
-        Everything is a function of the seeds of the samples and of their order, which is the epoch plan's. How a batch is
-        spread over processes and micro-batches decides who can be mixed with whom.
+        Everything is a function of the seeds of the samples and of their order, which is the epoch plan's.
         """
         assert isinstance(self.options, self.Options)
         own = keyed_seeds(batch.seeds, _STREAM)

@@ -8,6 +8,7 @@ from torch import nn
 from bench.backbone import BACKBONES
 from bench.matrix import Cell, Training
 from bench.method import METHODS, Classifier, Method
+from bench.training.random_layers import key_random_layers
 
 
 def build_method(training: Training) -> Method:
@@ -39,7 +40,9 @@ def build_classifier(training: Training, *, num_classes: int) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.derived_seed("init"))
         backbone = target.build(target.Options.model_validate(training.backbone_options), image_size=size)
-        return build_method(training).classifier(backbone, num_classes=num_classes)
+        classifier = build_method(training).classifier(backbone, num_classes=num_classes)
+    key_random_layers(classifier)
+    return classifier
 
 
 def head_parameters(classifier: Classifier) -> list[nn.Parameter]:

@@ -154,6 +154,13 @@ class Engine:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """(N, ...) of each process -> (processes x N, ...), in rank order, on all of them. N is the same everywhere."""
+        if self.world_size == 1:
+            return rows
+        gathered: Tensor = self._accelerator.gather(rows)
+        return gathered
+
     def from_main(self, value: T) -> T:
         """The main process's value, everywhere."""
         if self.world_size == 1:

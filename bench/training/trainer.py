@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -20,8 +19,9 @@ from bench.config import AugmentConfig, TrainConfig
 from bench.data.atomic import write_json_atomic
 from bench.data.batch import RawBatch, Reader
 from bench.data.transforms import train_batch
+from bench.draws import drawing
 from bench.matrix import Training, digest
-from bench.method import Batch, Classifier
+from bench.method import Batch, Classifier, Method
 from bench.training.average import WeightAverage
 from bench.training.build import build_classifier, build_method, head_parameters
 from bench.training.checkpoint import load_checkpoint, load_latest, save_checkpoint
@@ -29,14 +29,21 @@ from bench.training.engine import Engine
 from bench.training.interruption import EverywhereError, Hold, LeaseLostError, StoppedError, Unshared
 from bench.training.observer import Observer
 from bench.training.optimiser import build_optimiser, learning_rate, set_learning_rate
+from bench.training.random_layers import GeneratorWatch, batch_statistics
 from bench.training.strategy import numerics
 from bench.training.task import GuidanceTerm, TrainingTask, guided_share
 from bench.weights import without_loading
 
+TRAINED = "trained.json"
+"""Written last: a training's folder that holds it is finished."""
 CHECK_EVERY = 50
 """Steps between looks at the loss (one wait for the device each)."""
 HEED_SECONDS = 1.0
 """Time between looks of several processes at each other's requests to stop; alone, a process looks after every step."""
+
+BATCH_STATISTICS = "batch statistics"
+OWN_DRAWS = "random numbers of each process"
+"""What may make weights depend on the number of processes, in words for tables."""
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +56,12 @@ class _Progress:
     step: int = 0
     """Steps done in this epoch."""
     seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+    """See `peak_memory`."""
+    process_counts: list[int] = dataclasses.field(default_factory=list)
+    """Numbers of processes that the training ran in, in the order of their first use."""
+    process_dependent: list[str] = dataclasses.field(default_factory=list)
+    """What makes the weights depend on how a batch is spread over processes, in words; empty: nothing but rounding does."""
     losses: list[list[float]] = dataclasses.field(default_factory=list)
     """One (classification, guidance) a step since the first."""
     epochs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -120,8 +133,19 @@ def load_trained(training: Training, folder: Path, *, num_classes: int) -> Class
 
 
 def read_trained(folder: Path) -> dict[str, Any]:
-    """Content of ``trained.json``."""
-    content: dict[str, Any] = json.loads((folder / "trained.json").read_text(encoding="utf-8"))
+    """Content of ``trained.json``.
+
+    Raises:
+        FileNotFoundError: the training has not come to its end.
+        ValueError: the file is damaged; the message names it.
+    """
+    path = folder / TRAINED
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; bench run trains it again") from error
+    if not isinstance(content, dict) or not {"training", "best"} <= content.keys():
+        raise ValueError(f"{path} is damaged: it does not say what was trained; bench run trains it again")
     return content
 
 
@@ -169,6 +193,7 @@ class _Trainer:
             self.average.module.to(engine.device)
         self._pending: list[Tensor] = []
         self._unheeded, self._heed_every = 0, 1
+        self._unwatched = True
 
     def run(self) -> dict[str, Any]:
         self._resume()
@@ -179,6 +204,7 @@ class _Trainer:
         self.engine.start_tracking(label, {"training": self.training.key, **self.training.settings["train"]})
         self._clock = self._last_checkpoint = self._heeded = time.monotonic()
         try:
+            reset_peak_memory(self.engine.device)
             while self.progress.epoch < self.config.epochs:
                 self._epoch()
         except DivergedError:
@@ -190,7 +216,8 @@ class _Trainer:
             done = self.progress.epoch * self.steps_per_epoch + self.progress.step
             error.add_note(f"after step {done} of {total}, in epoch {self.progress.epoch + 1}")
             raise
-        self.engine.stop_tracking()
+        finally:
+            self.engine.stop_tracking()  # a tracker that is left open takes the figures of the training that follows
         self.engine.release()
         if self.engine.is_main:
             self.observer.end(label)
@@ -255,9 +282,9 @@ class _Trainer:
         """One optimiser step over the global batch; returns (classification, guidance) of this process's share."""
         config, step = self.config, self.progress.epoch * self.steps_per_epoch + self.progress.step
         set_learning_rate(self.optimiser, learning_rate(config, step=step, steps_per_epoch=self.steps_per_epoch))
-        # Dropout and its kin draw from torch's own generator: seeded by the step, so that a resumed run draws the same.
+        # For what draws from torch's own generator and not from `bench.draws`: so that a resumed run draws the same.
         torch.manual_seed(int(digest([self.step_seed, step, self.engine.rank])[:15], 16))
-        batches = [self._batch(part) for part in raw.chunks(config.accumulate)]
+        batches = self._mix([self._batch(part) for part in raw.chunks(config.accumulate)])
         share = torch.zeros((), device=self.engine.device)
         if self.guidance:
             valid = self.engine.sum(torch.stack([batch.au_valid.sum() for batch in batches]).sum())
@@ -265,8 +292,14 @@ class _Trainer:
         losses = torch.zeros(2, device=self.engine.device)
         for number, batch in enumerate(batches, start=1):
             last = number == len(batches)
-            with self.engine.strategy.micro_batch(self.module, last=last):
+            with (
+                drawing(seed=self.step_seed, step=step, samples=batch.seeds),
+                self.engine.strategy.micro_batch(self.module, last=last),
+            ):
+                watch = GeneratorWatch(self.engine.device) if self._unwatched else None
                 result = self.module(batch, share)
+                if watch is not None:
+                    self._note_processes(drawn=watch.drawn())
                 self.engine.strategy.backward(result["loss"] / config.accumulate, last=last)
             losses += torch.stack([result["classification"], result["guidance"]]) / config.accumulate
         self.engine.strategy.step(self.module, self.optimiser, clip_norm=config.clip_norm)
@@ -275,7 +308,7 @@ class _Trainer:
         return losses
 
     def _batch(self, raw: RawBatch) -> Batch:
-        batch = train_batch(
+        return train_batch(
             raw,
             seed=self.data_seed,
             epoch=self.progress.epoch,
@@ -288,10 +321,24 @@ class _Trainer:
             std=self.classifier.backbone.std,
             with_au_maps=self.guidance is not None,
         )
-        mixed = self.method.mix(batch)
+
+    def _mix(self, batches: list[Batch]) -> list[Batch]:
+        """This process's micro-batches, after the method has mixed those of all processes."""
+        if type(self.method).mix is not Method.mix:
+            columns = {field.name: [getattr(batch, field.name) for batch in batches] for field in dataclasses.fields(Batch)}
+            whole = Batch(**{name: self.engine.gather_rows(torch.cat(parts)) for name, parts in columns.items()})
+            batches = self.method.mix(whole).chunks(self.engine.world_size)[self.engine.rank].chunks(len(batches))
         if self.config.channels_last:
-            mixed = dataclasses.replace(mixed, images=mixed.images.contiguous(memory_format=torch.channels_last))
-        return mixed
+            batches = [dataclasses.replace(b, images=b.images.contiguous(memory_format=torch.channels_last)) for b in batches]
+        return batches
+
+    def _note_processes(self, *, drawn: bool) -> None:
+        """Note in how many processes this goes on, and what of the network depends on that; once a start."""
+        self._unwatched = False
+        progress, count = self.progress, self.engine.world_size
+        progress.process_counts += [count] if count not in progress.process_counts else []
+        causes = {BATCH_STATISTICS: batch_statistics(self.classifier), OWN_DRAWS: drawn}
+        progress.process_dependent += [cause for cause, holds in causes.items() if holds and cause not in progress.process_dependent]
 
     def _collect_losses(self) -> None:
         """Average the losses of the steps since the last call over all processes; refuse to go on after NaN."""
@@ -346,6 +393,8 @@ class _Trainer:
 
     def _checkpoint(self) -> None:
         now = time.monotonic()
+        peak = peak_memory(self.engine.device)
+        self.progress.peak_memory_bytes = None if peak is None else max(peak, self.progress.peak_memory_bytes or 0)
         self.progress.seconds += now - self._clock
         self._clock = self._last_checkpoint = now
         optimiser = self.engine.strategy.optimiser_state(self.optimiser)  # of all processes, where each has a part
@@ -380,7 +429,7 @@ class _Trainer:
                 self.average.module.load_state_dict(checkpoint.average)
             self.engine.strategy.load_optimiser_state(self.optimiser, checkpoint.optimiser)
         self.engine.load_scaler_state(state["scaler"])
-        self.progress = _Progress(**{field.name: state[field.name] for field in dataclasses.fields(_Progress)})
+        self.progress = _Progress(**{field.name: state[field.name] for field in dataclasses.fields(_Progress) if field.name in state})
         _log.info("%s: resumed at step %d", self.training.label, len(self.progress.losses))
 
     def _finish(self) -> dict[str, Any]:
@@ -402,19 +451,27 @@ class _Trainer:
             "parameters": sum(p.numel() for p in self.classifier.parameters()),
             "seconds": progress.seconds,
             "images_per_second": samples / progress.seconds,
-            "peak_memory_bytes": peak_memory(self.engine.device),
-            "world_size": self.engine.world_size,
+            "peak_memory_bytes": progress.peak_memory_bytes,
+            "process_counts": progress.process_counts,
+            "process_dependent": progress.process_dependent,
         }
         with self.engine.together():
             if self.engine.is_main:
                 self.hold.confirm()
-                write_json_atomic(self.folder / "trained.json", trained)
+                write_json_atomic(self.folder / TRAINED, trained)
                 shutil.rmtree(self.folder / "checkpoints")
         return trained
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: of the device where it is an accelerator, else resident in this process."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` begin anew: here begins work that is to be measured by itself."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes of the device in use since `reset_peak_memory`.
+
+    None on a CPU: the system knows the most that a process has held since its start, whatever it did before, and no more.
+    """
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

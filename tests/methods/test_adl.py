@@ -162,7 +162,7 @@ def test_drop_rate_is_the_share_of_passes_that_hide():
     block = torch.nn.Identity()
     figures = adl._Figures(drop_rate=0.75, threshold=0.9)
     features = torch.ones(1, 1, 2, 2)
-    hidden = sum(bool((adl._dropout_hook(block, (), features, figures=figures) == 0).all()) for _ in range(2000))
+    hidden = sum(bool((adl._dropout_hook(block, (), features, figures=figures, site=0) == 0).all()) for _ in range(2000))
     assert abs(hidden / 2000 - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 2000)
 
 
@@ -171,7 +171,7 @@ def test_a_drop_rate_of_zero_or_one_is_certain(rate):
     figures = adl._Figures(drop_rate=rate, threshold=0.9)
     features = torch.ones(1, 1, 2, 2)
     for _ in range(200):
-        assert bool((adl._dropout_hook(torch.nn.Identity(), (), features, figures=figures) == 0).all()) == bool(rate)
+        assert bool((adl._dropout_hook(torch.nn.Identity(), (), features, figures=figures, site=0) == 0).all()) == bool(rate)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

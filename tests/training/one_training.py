@@ -1,5 +1,7 @@
 """One training of the bench.toml in the working directory, in one process or several: one_training.py FOLDER [--stop] [--gpu] [KEY=VALUE].
 
+A plugin file ``plugin.py`` of the working directory is loaded, if there is one.
+
 Tests start it through `start` below. ``--stop`` ends it, on all processes, in the selection after its second epoch.
 """
 
@@ -32,11 +34,14 @@ def main(folder, *arguments):
     from bench.config import load_settings
     from bench.data.readers import open_reader
     from bench.evaluation.evaluator import accuracy
+    from bench.registry import load_plugin
     from bench.sweep.plan import make_plan
     from bench.training.engine import Engine
     from bench.training.observer import LogObserver
     from bench.training.trainer import train
 
+    if Path("plugin.py").is_file():
+        load_plugin("plugin.py")
     settings = load_settings(environ={}, sets=[a for a in arguments if not a.startswith("--")])
     plan = make_plan(settings, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     training = plan.matrix.trainings[0].training
