@@ -16,7 +16,7 @@ from bench.reporting.references import Reference
 from bench.reporting.render import render
 from bench.sweep.record import Record
 from bench.sweep.stamp import STAMP, is_verified
-from bench.sweep.store import DONE, MAPS, RECORD, ROWS, read_records
+from bench.sweep.store import DONE, MAPS, RECORD, ROWS, read_marker, read_records
 from bench.training.checkpoint import hash_file
 
 _CARD = """---
@@ -94,7 +94,7 @@ def _stage(results: Path, staged: Path, *, reference: Reference | None) -> None:
         ValueError: see `push`.
     """
     count = 0
-    for folder, record in read_records(results):
+    for folder, record in read_records(results, strict=True):
         copy = staged / "cells" / _below_cells(folder.relative_to(results))
         copy.mkdir(parents=True)
         for name in (RECORD, ROWS, MAPS, DONE):
@@ -120,7 +120,8 @@ def _below_cells(path: Path) -> Path:
 
 
 def _check(copy: Path, record: Record, *, original: Path) -> None:
-    said = {RECORD: (copy / DONE).read_text(encoding="utf-8").strip(), ROWS: record.rows_sha256}
+    marker = read_marker(copy)
+    said = {RECORD: marker.record_sha256 if marker else None, ROWS: record.rows_sha256}
     if record.maps_sha256 is not None:
         said[MAPS] = record.maps_sha256
     for name, sha256 in said.items():

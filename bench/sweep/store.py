@@ -6,6 +6,7 @@
                                                                 and VERIFIED.json, see `bench.sweep.stamp`
     <results>/trainings/<hash>/{checkpoints/, best/, trained.json}
     <results>/failures/<same path as the cell>.json
+    <results>/damaged/...                                       what could not be read and was done again, under its old path
     <results>/leases/<hash>.1.json                              who works on what right now, see `bench.sweep.lease`
     <results>/events.jsonl                                      what was begun, ended, failed, interrupted: when, by whom
 """
@@ -13,11 +14,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from bench.data.atomic import PARTIAL_SUFFIX, fsync_folder, write_bytes_atomic, write_json_atomic
 from bench.evaluation.averages import AverageMaps, write_average_maps
@@ -25,6 +27,9 @@ from bench.evaluation.rows import Rows, read_rows, write_rows
 from bench.matrix import Cell, Planned, Training
 from bench.sweep.record import Record, parse_record
 from bench.training.checkpoint import hash_file
+from bench.training.trainer import TRAINED, read_trained
+
+_log = logging.getLogger(__name__)
 
 DONE = "DONE"
 RECORD = "record.json"
@@ -39,11 +44,32 @@ class Hashes(NamedTuple):
     maps: str
 
 
+class Marker(NamedTuple):
+    """What ``DONE`` says, a line each."""
+
+    record_sha256: str
+    key: str | None
+    """Of the cell; None in markers of older versions, which end after the first line."""
+    record_bytes: int | None
+    """Size of ``record.json``; None likewise."""
+
+
+def read_marker(folder: Path) -> Marker | None:
+    """The marker of a cell's folder; None if there is none, or what is there is not one."""
+    try:
+        sha256, *more = (folder / DONE).read_text(encoding="utf-8").split()
+        return Marker(sha256, more[0], int(more[1])) if more else Marker(sha256, None, None)
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 class Store:
     """Reads and writes one results folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._warned: set[str] = set()
+        """Of which damage there has been a warning already."""
 
     def cell_folder(self, cell: Cell) -> Path:
         """Where a cell's record lives."""
@@ -58,14 +84,52 @@ class Store:
         return self.root / "failures" / f"{cell.path}.json"
 
     def is_done(self, cell: Cell) -> bool:
-        """Whether the cell has a finished record of exactly this identity."""
+        """Whether the cell has a finished record of exactly this identity.
+
+        A look at the marker and at the size of the record; only where the marker is of an older version the record is read. A cell whose
+        record is damaged is not done, and a warning names the file.
+        """
         folder = self.cell_folder(cell)
-        return (folder / DONE).is_file() and json.loads((folder / RECORD).read_text(encoding="utf-8"))["key"] == cell.key
+        if not (folder / DONE).is_file():
+            return False
+        marker, path = read_marker(folder), folder / RECORD
+        if marker is None:
+            return self._named(f"{folder / DONE} is damaged; bench run does this cell again")
+        try:
+            size = path.stat().st_size
+            key = json.loads(path.read_bytes())["key"] if marker.key is None else marker.key
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return self._named(f"{path} is damaged: {type(error).__name__}: {error}; bench run does this cell again")
+        if marker.record_bytes not in (None, size):
+            sizes = f"it has {size} bytes, its marker says {marker.record_bytes}"
+            return self._named(f"{path} is damaged: {sizes}; bench run does this cell again")
+        return bool(key == cell.key)
 
     def is_trained(self, training: Training) -> bool:
-        """Whether the training has come to its end."""
-        path = self.training_folder(training) / "trained.json"
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["training"] == training.key
+        """Whether the training has come to its end. Not so where ``trained.json`` is damaged; a warning names it."""
+        folder = self.training_folder(training)
+        try:
+            return bool(read_trained(folder)["training"] == training.key)
+        except FileNotFoundError:
+            return False
+        except ValueError as error:
+            return self._named(str(error))
+
+    def _named(self, damage: str) -> Literal[False]:
+        """Warn of a damaged file once, and count it as not there."""
+        if damage not in self._warned:
+            self._warned.add(damage)
+            _log.warning("%s", damage)
+        return False
+
+    def _set_aside(self, path: Path) -> None:
+        """Move what cannot be used out of the way. Nothing is thrown away: somebody may be able to read it."""
+        place = self.root / "damaged" / path.relative_to(self.root)
+        while place.exists():
+            place = place.with_name(f"{place.name}-again")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(place)
+        _log.warning("%s cannot be used and is kept as %s", path, place)
 
     def write(self, cell: Cell, rows: Rows, maps: AverageMaps, make_record: Callable[[Hashes], Record]) -> Path:
         """Write a finished cell: rows, maps and record beside its final place, rename, marker last; forget an earlier failure.
@@ -79,7 +143,9 @@ class Store:
             make_record: gives the record, from the hashes of the files beside it.
         """
         final = self.cell_folder(cell)
-        assert not (final / DONE).exists(), f"{final} is finished: it is never written again"
+        assert not self.is_done(cell), f"{final} is finished: it is never written again"
+        if (final / DONE).exists():
+            self._set_aside(final)
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
         try:
@@ -92,7 +158,8 @@ class Store:
                 shutil.rmtree(final)
             temporary.rename(final)
             fsync_folder(final.parent)
-            write_bytes_atomic(final / DONE, f"{hash_file(final / RECORD)}\n".encode())
+            marker = (hash_file(final / RECORD), cell.key, str((final / RECORD).stat().st_size))
+            write_bytes_atomic(final / DONE, ("\n".join(marker) + "\n").encode())
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             if not (final / DONE).exists():
@@ -121,8 +188,13 @@ class Store:
         return max((path for path in folder.glob("[0-9]*") if path.is_dir()), default=None)
 
     def tidy(self, planned: Planned) -> None:
-        """Remove what interrupted writes left behind. Only for who holds the lease of the training: another may be writing."""
+        """Remove what interrupted writes left behind, and set a training aside that says it is finished and cannot be read.
+
+        Only for who holds the lease of the training: another may be writing.
+        """
         folder = self.training_folder(planned.training)
+        if (folder / TRAINED).exists() and not self.is_trained(planned.training):
+            self._set_aside(folder)
         leftovers = [*folder.glob(f"*{PARTIAL_SUFFIX}"), *folder.glob("checkpoints/.*"), *folder.glob("best/.*")]
         if self.is_trained(planned.training):
             leftovers += folder.glob("checkpoints")
@@ -137,18 +209,29 @@ class Store:
                 leftover.unlink()
 
 
-def read_records(root: Path) -> Iterator[tuple[Path, Record]]:
+def read_records(root: Path, *, strict: bool = False) -> Iterator[tuple[Path, Record]]:
     """All finished records below a folder, in a stable order, with their folders.
 
+    Args:
+        root: a results folder, or any other above some cells.
+        strict: raise at a damaged record; else it is left out and a warning names it.
+
     Raises:
-        ValueError: a record that does not validate, naming the file.
+        ValueError: a damaged record, naming the file, where ``strict``.
     """
     for marker in sorted(root.rglob(DONE)):
+        if "damaged" in marker.relative_to(root).parts:
+            continue
         path = marker.parent / RECORD
         try:
-            yield marker.parent, parse_record(path.read_bytes())
+            record = parse_record(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable record: {error}") from error
+            reason = f"{path} is not a readable record: {str(error).splitlines()[0]}"
+            if strict:
+                raise ValueError(f"{reason}. Remove {marker}, and bench run makes the record again") from error
+            _log.warning("%s. It is left out. Remove %s, and bench run makes the record again", reason, marker)
+            continue
+        yield marker.parent, record
 
 
 def read_cell_rows(folder: Path) -> Rows:

@@ -34,7 +34,7 @@ from bench.matrix import digest
 from bench.method import METHODS
 from bench.sweep.record import Record, parse_record
 from bench.sweep.stamp import STAMP, read_stamp
-from bench.sweep.store import DONE, MAPS, RECORD, ROWS
+from bench.sweep.store import DONE, MAPS, RECORD, ROWS, read_marker
 
 FILES = (RECORD, ROWS, MAPS, DONE)
 """What a cell's folder may hold, a stamp aside."""
@@ -237,12 +237,13 @@ def _file_problems(folder: Path) -> Iterator[Problem]:
 
 
 def _marker_problems(folder: Path, content: bytes) -> Iterator[Problem]:
-    recorded, found = (folder / DONE).read_bytes().strip(), hashlib.sha256(content).hexdigest()
-    if recorded != found.encode():
+    marker, found = read_marker(folder), hashlib.sha256(content).hexdigest()
+    recorded = marker.record_sha256 if marker else "no marker"
+    if recorded != found:
         yield Problem(
             folder / DONE,
             f"sha256 of {RECORD}",
-            shown(recorded.decode(errors="replace")),
+            shown(recorded),
             f"it has {found}",
             "the record was changed after it was finished",
         )

@@ -81,6 +81,16 @@ def test_out_of_memory_is_told_with_its_step_and_the_others_go_on(go, results, a
     assert [event["event"] for event in read_events(results)] == ["begin", "end", "begin", "fail"]
 
 
+def test_the_tracker_of_a_training_that_fails_is_closed_before_the_next_begins(go, at_step, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Engine, "start_tracking", lambda _self, name, _config: calls.append(f"start {name}"))
+    monkeypatch.setattr(Engine, "stop_tracking", lambda _self: calls.append("stop"))
+    at_step(2, raising(RuntimeError("no")))
+    outcome = go(run__guidance=["au", "none"])
+    assert list(outcome.failed) == [AU]
+    assert calls == [f"start {AU}", "stop", f"start {AU.replace('/au/', '/none/')}", "stop"]
+
+
 def test_a_disk_that_is_full_at_a_checkpoint_keeps_the_one_before(go, results, monkeypatch):
     real, saved = checkpoint.save_file, []
 
