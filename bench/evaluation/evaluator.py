@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +28,7 @@ from bench.training.alignment import layer_attention
 from bench.training.engine import Engine
 from bench.training.interruption import EverywhereError
 from bench.training.observer import Observer
-from bench.training.trainer import peak_memory
+from bench.training.trainer import peak_memory, reset_peak_memory
 
 
 class CountError(EverywhereError):
@@ -48,8 +48,8 @@ class Evaluated:
     map_seconds_per_image: float
     """Of one device, for one map of each picture: reading it off the network's output, which is there already. What it costs to keep a
     graph is not in it: where a method of the same evaluation ``needs_grad``, the forward passes of all take longer."""
-    peak_memory_bytes: int
-    """Of the main process, with all that its evaluation holds, for all methods; see `bench.training.trainer.peak_memory`."""
+    peak_memory_bytes: int | None
+    """Of the main process's device, with all that its evaluation holds, for all methods; see `bench.training.trainer.peak_memory`."""
 
 
 def accuracy(classifier: Classifier, reader: Reader, *, size: int, batch_size: int, engine: Engine) -> float:
@@ -126,9 +126,8 @@ def evaluate(
         ClassSums(reader.labels, num_classes=len(reader.classes), device=engine.device) for _ in range(2 + len(methods))
     )
     sums = dict(zip(methods, map_sums, strict=True))
-    seconds = dict.fromkeys(methods, 0.0)
-    if engine.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(engine.device)
+    watch = Stopwatch(engine.device)
+    reset_peak_memory(engine.device)
     if engine.is_main:
         observer.begin(label, steps=len(reader.keys), done=0)
     with engine.together(), contextlib.nullcontext() if graph else torch.inference_mode():
@@ -152,9 +151,8 @@ def evaluate(
             predicted = output.logits.argmax(dim=1)
             own: dict[str, Tensor] = {}
             for name, method in methods.items():
-                with _Timer(engine.device) as timer:
+                with watch.timing(name):
                     own[name] = read_maps(method, classifier, output, batch.labels)
-                seconds[name] += timer.seconds
                 grown = upsample(min_max(own[name]), size=size)
                 sums[name].add(grown, **where)
                 columns[f"true/{name}"] = _where(valid, map_cosines(own[name], au_maps))
@@ -204,7 +202,7 @@ def evaluate(
     assert invariance is not None
     layers = {int(key.removeprefix("attention/")): values for key, values in table.items() if key.startswith("attention/")}
     attention, au = attention_sums.total(engine), au_sums.total(engine)
-    spent = engine.gather(seconds)
+    spent = engine.gather(watch.seconds())
     return {
         name: Evaluated(
             rows=Rows(
@@ -243,24 +241,35 @@ def count_macs(classifier: Classifier, *, size: int, device: torch.device) -> in
     return int(counter.get_total_flops()) // 2
 
 
-class _Timer:
-    """Seconds of the work inside, of the device's too."""
+class Stopwatch:
+    """Seconds of named work, of the device's own too, without a wait for the device until the sums are asked for."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.seconds = 0.0
+        """Start with nothing measured on ``device``."""
+        self._cuda = device.type == "cuda"
+        self._spans: dict[str, list[Callable[[], float]]] = {}
 
-    def __enter__(self) -> _Timer:
-        self._begun = self._now()
-        return self
+    @contextlib.contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Add the time of the work inside to ``name``."""
+        spans = self._spans.setdefault(name, [])
+        if self._cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            yield
+            end.record()
+            spans.append(lambda: float(begin.elapsed_time(end)) / 1000)
+        else:
+            started = time.perf_counter()
+            yield
+            seconds = time.perf_counter() - started
+            spans.append(lambda: seconds)
 
-    def __exit__(self, *_: object) -> None:
-        self.seconds = self._now() - self._begun
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+    def seconds(self) -> dict[str, float]:
+        """Sums by name. On a GPU this waits for the work to end, once."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        return {name: sum(span() for span in spans) for name, spans in self._spans.items()}
 
 
 def _where(valid: Tensor, values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from bench.evaluation.statistics import LEVEL, Interval, smallest_gap, t_interva
 from bench.matrix import digest
 from bench.method import METHODS
 from bench.reporting.evidence import METRICS, Column, Judged, Metric, Run, judge
-from bench.sweep.record import Record
+from bench.sweep.record import ProcessFacts, Record, device_name
 
 TITLES: Mapping[Metric, str] = {"cl": "CL", "cam_cos": "CAM-COS", "att_cos": "ATT-COS"}
 GUIDANCE = ("none", "au")
@@ -83,6 +84,17 @@ class Row:
     """Whether every record behind it was evaluated again from its weights; else its figures are self-reported."""
     batch_dependent: bool = False
     """Whether a record behind it gave other logits or maps in other batches: such a row is not judged or ranked."""
+    process_counts: tuple[int, ...] = ()
+    """Numbers of processes of its trainings, where their weights depend on it; ascending."""
+    process_causes: tuple[str, ...] = ()
+    """Why they do, in words."""
+
+    @property
+    def spread(self) -> str:
+        """The numbers of processes as a mark, ``[2 processes]``, ``[1 and 2 processes]``; empty where they are all one, or no matter."""
+        if self.process_counts in ((), (1,)):
+            return ""
+        return f"[{' and '.join(map(str, self.process_counts))} processes]"
 
     @property
     def seeds(self) -> str:
@@ -115,11 +127,14 @@ class Table:
     """What the test split can and cannot tell apart, in a sentence; empty if the samples were not looked at."""
     notes: tuple[str, ...]
     rows: tuple[Row, ...]
+    ambiguous: bool = False
+    """Whether there is another table of other data with this name."""
 
     @property
     def title(self) -> str:
         """Heading of the table."""
-        data = f"{self.dataset} (partial data)" if self.partial else self.dataset
+        name = f"{self.dataset}@{self.fingerprint[:8]}" if self.ambiguous else self.dataset
+        data = f"{name} (partial data)" if self.partial else name
         return f"{data}, {', '.join(self.backbones)}, protocol {self.protocol}, variant {self.variant}"
 
     @property
@@ -137,7 +152,9 @@ def build_tables(runs: Iterable[Run]) -> tuple[Table, ...]:
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in fullest(runs, lambda run: run.record):
         groups.setdefault(comparable(run.record), []).append(run)
-    return tuple(_table(key, group) for key, group in sorted(groups.items()))
+    tables = [_table(key, group) for key, group in sorted(groups.items())]
+    twins = Counter(name for name, _ in {(table.dataset, table.fingerprint) for table in tables})
+    return tuple(dataclasses.replace(table, ambiguous=twins[table.dataset] > 1) for table in tables)
 
 
 _T = TypeVar("_T")
@@ -200,6 +217,8 @@ def _table(key: tuple[str, ...], runs: list[Run]) -> Table:
             costs=_further(draft, _costs),
             verified=all(run.verified for run in draft.all),
             batch_dependent=draft.batch_dependent,
+            process_counts=tuple(sorted({count for facts in draft.dependent for count in facts.counts})),
+            process_causes=tuple(dict.fromkeys(cause for facts in draft.dependent for cause in facts.dependent)),
         )
         for number, draft in enumerate(drafts)
     ]
@@ -265,6 +284,11 @@ class _Draft:
     def all(self) -> list[Run]:
         """Every run of the row."""
         return [run for runs in self.members.values() for run in runs]
+
+    @property
+    def dependent(self) -> list[ProcessFacts]:
+        """Of the runs whose weights depend on the number of processes."""
+        return [run.record.processes for run in self.all if run.record.processes is not None and run.record.processes.dependent]
 
     @property
     def batch_dependent(self) -> bool:
@@ -335,7 +359,7 @@ def _machine(record: Record) -> str:
     """What a record was computed on."""
     facts = record.hardware
     processes = facts.get("processes", 1)
-    return f"{facts.get('name', '?')} ({facts.get('device', '?')}{f', {processes} processes' if processes != 1 else ''})"
+    return f"{device_name(facts)} ({facts.get('device', '?')}{f', {processes} processes' if processes != 1 else ''})"
 
 
 def is_finite(record: Record, metric: Metric) -> bool:

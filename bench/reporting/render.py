@@ -145,13 +145,20 @@ def caption(table: Table, *, style: Style = PLAIN) -> str:
     if any(row.batch_dependent for row in table.rows):
         mark = style.batch_dependent.format("").strip()
         parts.append(f"{mark}: logits or maps change with the batch they are computed in; not judged, not ranked.")
+    if any(row.spread for row in table.rows):
+        causes = " and ".join(dict.fromkeys(cause for row in table.rows if row.spread for cause in row.process_causes))
+        mixed = any(len(row.process_counts) > 1 for row in table.rows)
+        words = f"[processes]: {causes} make the weights depend on the number of processes of the training"
+        parts.append(style.text(words + ("; such a row with several numbers mixes trainings that are not alike." if mixed else ".")))
     return " ".join([*parts, *(style.text(f"Note: {note}.") for note in table.notes)])
 
 
-def _name(row: Row, *, style: Style) -> str:
+def row_name(row: Row, *, style: Style) -> str:
+    """What a table calls a row: its title, with its marks."""
     name = style.text(row.title)
     name = style.verified.format(name) if row.verified else name
-    return style.batch_dependent.format(name) if row.batch_dependent else name
+    name = style.batch_dependent.format(name) if row.batch_dependent else name
+    return f"{name} {style.text(row.spread)}" if row.spread else name
 
 
 _FIGURES: tuple[Column, ...] = tuple((metric, guidance) for metric in METRICS for guidance in GUIDANCE)
@@ -164,7 +171,7 @@ def _main(table: Table, *, reference: Reference | None, style: Style) -> Grid:
     lines: list[tuple[str, ...]] = []
     for number, row in enumerate(table.rows):
         figures = (show(column[0], row.stats.get(column), style=style) for column in _FIGURES)
-        lines.append((_name(row, style=style), *([style.text(row.backbone)] if several else []), *figures, row.seeds))
+        lines.append((row_name(row, style=style), *([style.text(row.backbone)] if several else []), *figures, row.seeds))
         reported = {column: found.figures.get((number, column)) for column in _FIGURES} if found else {}
         if any(reported.values()):
             assert reference is not None
@@ -204,7 +211,7 @@ _UNITS: Mapping[str, _Unit] = {
     "training_seconds": _Unit("Training", "min", 1 / 60, 2),
     "training_images_per_second": _Unit("Training", "images/s", 1, 0),
     "training_peak_memory_bytes": _Unit("Training", "peak GiB", 2**-30, 2),
-    "evaluation_images_per_second": _Unit("Evaluation", "images/s", 1, 0),
+    "evaluation_images_per_second": _Unit("Shared evaluation", "images/s", 1, 0),
     "map_seconds_per_image": _Unit("Map", "ms/image", 1e3, 2),
     "evaluation_peak_memory_bytes": _Unit("Evaluation", "peak GiB", 2**-30, 2),
 }
@@ -236,6 +243,8 @@ def _costs(table: Table, *, style: Style) -> Grid | None:
         return [_spread(stat, scale=unit.scale, digits=unit.digits, style=style) for stat, unit in zip(settled, units, strict=True)]
 
     where = f"Computed on {'; '.join(table.hardware)}" + (": not comparable between machines" if len(table.hardware) > 1 else "")
+    if "evaluation_images_per_second" in names:
+        where += "; shared evaluation: one pass serves all read-outs of a training, and checks that they do not depend on the batch"
     headings = [Heading(_UNITS[name].title, _UNITS[name].unit) for name in names]
     return _further("cost", table, _by_guidance(table, figures, style), headings, where, style)
 
@@ -246,7 +255,7 @@ def _by_guidance(table: Table, figures: Callable[[Row, str], list[str]], style: 
     for row, guidance in itertools.product(table.rows, GUIDANCE):
         shown = figures(row, guidance)
         if any(text != "-" for text in shown):
-            lines.append((_name(row, style=style), style.text(row.backbone), GUIDANCE_TITLES[guidance], *shown))
+            lines.append((row_name(row, style=style), style.text(row.backbone), GUIDANCE_TITLES[guidance], *shown))
     return lines
 
 
@@ -434,6 +443,8 @@ def _plain_row(row: Row, number: int, found: Beside | None) -> dict[str, Any]:
         "backbone": row.backbone,
         "verified": row.verified,
         "batch_dependent": row.batch_dependent,
+        "process_counts": list(row.process_counts),
+        "process_causes": list(row.process_causes),
         "figures": figures,
         "measures": [{"measure": name, "guidance": guidance, **_figure(stat)} for (name, guidance), stat in row.measures.items()],
         "costs": [{"cost": name, "guidance": guidance, **_figure(stat)} for (name, guidance), stat in row.costs.items()],

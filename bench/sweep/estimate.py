@@ -22,7 +22,7 @@ from bench.config import TrainConfig
 from bench.matrix import Planned, Training, digest
 from bench.method import METHODS
 from bench.sweep.plan import Plan
-from bench.sweep.record import Record, hardware_facts, parse_record
+from bench.sweep.record import Record, device_name, hardware_facts, parse_record
 from bench.sweep.store import DONE, RECORD, Store
 
 COSTLY = ("engine", "zero_stage", "precision", "tf32", "channels_last", "compile", "sync_batchnorm", "ema", "deterministic", "accumulate")
@@ -67,7 +67,7 @@ class History:
             kind = _kind_of_record(record)
             if kind is None:
                 continue
-            device, cost = str(record.hardware["name"]), record.cost
+            device, cost = device_name(record.hardware), record.cost
             entry = self._kinds[device, kind]
             entry.training[record.training_key] = cost["training_processes"] / cost["training_images_per_second"]
             reading = _reading(record.cell.method, record.evaluation)
@@ -204,7 +204,7 @@ def forecast(plan: Plan, history: History, *, device: str, processes: int, group
 def this_device() -> str:
     """Name of what this machine computes on, as its records have it."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return str(hardware_facts(accelerator or torch.device("cpu"), world_size=1)["name"])
+    return device_name(hardware_facts(accelerator or torch.device("cpu"), world_size=1))
 
 
 def longest_first(seconds: Sequence[float | None]) -> list[int]:

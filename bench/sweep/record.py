@@ -6,11 +6,13 @@ Records are read for ever: one of an older schema is brought up to date when it 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
+import inspect
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,10 +21,12 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 import bench
+from bench.backbone import BACKBONES
+from bench.dataset import DATASETS
 from bench.matrix import Cell, DatasetRef, Training
 from bench.method import METHODS
 
-SCHEMA: Final = 2
+SCHEMA: Final = 3
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy", "webdataset", "safetensors")
 
 
@@ -62,18 +66,35 @@ class CodeFacts(_Part):
     version: str
     commit: str | None
     """None outside a git checkout."""
+    clean: bool | None
+    """Whether the code was that of the commit; None where that cannot be known."""
     dirty_diff_sha256: str | None
-    """Hash of what the working tree had changed since the commit; None if nothing."""
+    """Hash of what the working tree had changed since the commit, untracked files with their content; None if nothing, or not known."""
+    source_sha256: str | None
+    """Hash of the files of the program as they were when the run began, in a checkout or not; None in older records."""
+    entries: dict[str, str | None]
+    """Entries that are not the project's own, such as ``method mine`` -> sha256 of the file that defines it; None where there is none."""
     libraries: dict[str, str]
+
+
+class ProcessFacts(_Part):
+    """How the batches of the training were spread, and whether that matters."""
+
+    counts: tuple[int, ...]
+    """Numbers of processes that the training ran in, in the order of their first use; several after a start with another number."""
+    dependent: tuple[str, ...]
+    """What makes the weights depend on that number, in words; empty: nothing but rounding does."""
 
 
 class Record(_Part):
     """The whole of ``record.json``."""
 
-    schema_version: Literal[2] = SCHEMA
+    schema_version: Literal[3] = SCHEMA
     """Of this form; a record that was written in an older one has been brought up to date."""
     key: str
     training_key: str
+    scheme: int
+    """`bench.matrix.Training.scheme` of the training's key."""
     cell: CellName
     trains_as: str
     """The method that trained: the cell's own, or the one a post-hoc method reads out."""
@@ -104,6 +125,8 @@ class Record(_Part):
     """Epoch and accuracy of the selected checkpoint on the selection split."""
     epochs: list[dict[str, Any]]
     """The training's course."""
+    processes: ProcessFacts | None
+    """Of the training; None in older records."""
     weights_sha256: str
     rows_sha256: str
     """Of ``samples.parquet``."""
@@ -137,6 +160,7 @@ class Record(_Part):
             seed=self.cell.seed,
             settings=self.settings,
             brought=self.brought,
+            scheme=self.scheme,
         )
 
     @property
@@ -173,7 +197,23 @@ def _from_1(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {**tree, "trains_as": trains_as or method, "invariance": None, "maps_sha256": None}
 
 
-_MIGRATIONS: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {1: _from_1}
+def _from_2(tree: Mapping[str, Any]) -> dict[str, Any]:
+    code, cost = tree["code"], dict(tree["cost"])
+    # It was the most that the process had held since its start, whatever it had done before.
+    cost["training_peak_memory_bytes"] = None
+    if tree["hardware"]["device"] == "cpu":
+        cost["evaluation_peak_memory_bytes"] = None
+    clean = None if code["commit"] is None else code["dirty_diff_sha256"] is None
+    return {
+        **tree,
+        "scheme": 1,
+        "code": {**code, "clean": clean, "source_sha256": None, "entries": {}},
+        "cost": cost,
+        "processes": None,
+    }
+
+
+_MIGRATIONS: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
 """Schema version -> what makes the next one of it. Once released, a step is never changed."""
 
 
@@ -183,25 +223,75 @@ CODE = ("bench", "methods", "backbones", "datasets", "pyproject.toml")
 
 @cache
 def code_facts() -> CodeFacts:
-    """Version, commit and uncommitted changes of the running code, versions of what it stands on."""
+    """Version, commit and uncommitted changes of the code, hash of its files, versions of what it stands on.
+
+    Looked up once a process: call it when a run begins, for later the files may be other ones than those that were imported.
+    """
     root = Path(bench.__file__).resolve().parent.parent
-    commit = diff = None
-    if (root / ".git").exists():
-        commit = _git(root, "rev-parse", "HEAD")
-        changed = (_git(root, "diff", "HEAD", "--no-ext-diff", "--", *CODE) or "") + (
-            _git(root, "status", "--porcelain", "--untracked-files=normal", "--", *CODE) or ""
-        )
-        diff = hashlib.sha256(changed.encode()).hexdigest() if changed else None
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return CodeFacts(version=bench.__version__, commit=commit, dirty_diff_sha256=diff, libraries=versions)
+    commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
+    changed = None if commit is None else _changes(root)
+    return CodeFacts(
+        version=bench.__version__,
+        commit=commit,
+        clean=None if changed is None else not changed,
+        dirty_diff_sha256=hashlib.sha256(changed).hexdigest() if changed else None,
+        source_sha256=_source_hash(),
+        entries={},
+        libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
+    )
+
+
+def foreign_entries(cells: Iterable[Cell]) -> dict[str, str | None]:
+    """The methods, backbones and datasets of some cells that do not come with this program: see `CodeFacts.entries`."""
+    used: dict[str, type] = {}
+    for cell in cells:
+        training = cell.training
+        for method in (cell.method, training.trains_as):
+            used[f"method {method}"] = METHODS.get(method).target
+        used[f"backbone {training.backbone}"] = BACKBONES.get(training.backbone).target
+        if training.dataset.entry in DATASETS:
+            used[f"dataset {training.dataset.entry}"] = DATASETS.get(training.dataset.entry).target
+    return {name: _file_hash(target) for name, target in sorted(used.items()) if target.__module__.partition(".")[0] != bench.__name__}
+
+
+def _file_hash(target: type) -> str | None:
+    try:
+        return hashlib.sha256(Path(inspect.getfile(target)).read_bytes()).hexdigest()
+    except (OSError, TypeError):  # typed into a notebook, or gone
+        return None
+
+
+def _source_hash() -> str:
+    """Of all files of the packages as they lie on the disk, by name: where there is no git, it tells two versions apart all the same."""
+    digest = hashlib.sha256()
+    for package in ("bench", "bench.methods", "bench.backbones", "bench.datasets"):
+        for folder in sorted(importlib.import_module(package).__path__):
+            for path in sorted(Path(folder).rglob("*")):
+                if path.suffix in (".py", ".toml") and "__pycache__" not in path.parts:
+                    name = path.relative_to(folder).as_posix()
+                    digest.update(f"{package}/{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _changes(root: Path) -> bytes | None:
+    """What of the code differs from the commit, untracked files with their content; None where git does not say."""
+    diff = _git(root, "diff", "HEAD", "--no-ext-diff", "--", *CODE)
+    untracked = _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *CODE)
+    if diff is None or untracked is None:
+        return None
+    changed = [diff.encode()] if diff else []
+    for name in filter(None, untracked.split("\0")):
+        path = root / name
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+        changed.append(f"untracked {name} {content}".encode())
+    return b"\n".join(changed)
 
 
 def hardware_facts(device: torch.device, *, world_size: int) -> dict[str, Any]:
     """What it ran on, in words."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": device.type,
-        "name": name,
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "processes": world_size,
         "threads": torch.get_num_threads(),
         "system": platform.system(),
@@ -209,9 +299,31 @@ def hardware_facts(device: torch.device, *, world_size: int) -> dict[str, Any]:
     }
 
 
+def device_name(hardware: Mapping[str, Any]) -> str:
+    """What a record's ``hardware`` computed on: on a CPU the number of threads belongs to it."""
+    name, threads = str(hardware.get("name", "?")), hardware.get("threads")
+    if hardware.get("device") != "cpu" or threads is None:
+        return name
+    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+@cache
+def processor_name() -> str:
+    """The model of this machine's processor, or its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model") and value.strip():
+            return " ".join(value.split())
+    return platform.processor() or platform.machine()
+
+
 def _git(root: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=30)  # noqa: S603, S607
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
     return done.stdout.strip()

@@ -33,7 +33,7 @@ from bench.sweep.events import Event, EventLog
 from bench.sweep.lease import Holder, Lease, Leases
 from bench.sweep.plan import Plan
 from bench.sweep.progress import LeaseObserver
-from bench.sweep.record import CellName, DataFacts, Record, code_facts, hardware_facts
+from bench.sweep.record import CellName, CodeFacts, DataFacts, ProcessFacts, Record, code_facts, foreign_entries, hardware_facts
 from bench.sweep.store import Hashes, Store
 from bench.training.agreement import same_everywhere
 from bench.training.build import build_reader
@@ -114,6 +114,8 @@ class _Sweep:
         sweep = self.settings.config.sweep
         self.leases = Leases(self.store.root / "leases", heartbeat_s=sweep.lease_heartbeat_s, stale_s=sweep.lease_stale_s)
         self.readers = _Readers(plan, engine)
+        # Now: at the end of a training the files may be other ones than those that trained it.
+        self.code = code_facts().model_copy(update={"entries": foreign_entries(plan.matrix.cells)})
         self.ran: list[Cell] = []
         self.elsewhere: list[Cell] = []
         self.failed: dict[str, str] = {}
@@ -314,7 +316,18 @@ class _Sweep:
                     continue
                 for cell in group:
                     try:
-                        self._write(cell, results[cell.method], seconds=seconds, macs=macs, weights=weights, index=source.index)
+                        facts = _Facts(
+                            settings=self.settings,
+                            code=self.code,
+                            index=source.index,
+                            engine=engine,
+                            seconds=seconds,
+                            cells=len(group),
+                            macs=macs,
+                            weights=weights,
+                            trained=read_trained(folder),
+                        )
+                        self._write(cell, results[cell.method], facts)
                     except Exception as error:  # noqa: BLE001 - a full disk, most likely
                         errors |= self._fail((cell,), error)
             return errors
@@ -345,15 +358,11 @@ class _Sweep:
         )
         return results, time.monotonic() - started
 
-    def _write(self, cell: Cell, result: Evaluated, *, seconds: float, macs: int, weights: str, index: Index) -> None:
+    def _write(self, cell: Cell, result: Evaluated, facts: _Facts) -> None:
         with self.engine.together():
             if self.engine.is_main:
                 assert self._lease is not None
                 self._lease.confirm()
-                trained = read_trained(self.store.training_folder(cell.training))
-                facts = _Facts(
-                    settings=self.settings, index=index, engine=self.engine, seconds=seconds, macs=macs, weights=weights, trained=trained
-                )
                 self.store.write(cell, result.rows, result.maps, lambda hashes: _record(cell, result, facts, hashes=hashes))
 
     def _fail(self, cells: tuple[Cell, ...], error: Exception) -> dict[str, str]:
@@ -414,10 +423,13 @@ def _describe(error: BaseException) -> str:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Facts:
     settings: Settings
+    code: CodeFacts
     index: Index
     engine: Engine
     seconds: float
-    """Of the evaluation, for all cells of the training."""
+    """Of the evaluation: one pass for several cells of the training."""
+    cells: int
+    """That this pass served."""
     macs: int
     weights: str
     """sha256."""
@@ -438,6 +450,7 @@ def _record(cell: Cell, result: Evaluated, facts: _Facts, *, hashes: Hashes) -> 
     return Record(
         key=cell.key,
         training_key=training.key,
+        scheme=training.scheme,
         cell=CellName(
             method=cell.method, guidance=training.guidance, backbone=training.backbone, dataset=training.dataset.name, seed=training.seed
         ),
@@ -468,10 +481,11 @@ def _record(cell: Cell, result: Evaluated, facts: _Facts, *, hashes: Hashes) -> 
         invariance=dict(result.invariance),
         selection=dict(trained["best"]),
         epochs=trained["epochs"],
+        processes=ProcessFacts(counts=tuple(trained["process_counts"]), dependent=tuple(trained["process_dependent"])),
         weights_sha256=facts.weights,
         rows_sha256=hashes.rows,
         maps_sha256=hashes.maps,
-        code=code_facts(),
+        code=facts.code,
         hardware=hardware_facts(facts.engine.device, world_size=facts.engine.world_size),
         cost={
             "parameters": trained["parameters"],
@@ -479,8 +493,9 @@ def _record(cell: Cell, result: Evaluated, facts: _Facts, *, hashes: Hashes) -> 
             "training_seconds": trained["seconds"],
             "training_images_per_second": trained["images_per_second"],
             "training_peak_memory_bytes": trained["peak_memory_bytes"],
-            "training_processes": trained["world_size"],
+            "training_processes": trained["process_counts"][-1],
             "evaluation_seconds": facts.seconds,
+            "evaluation_cells": facts.cells,
             "evaluation_images_per_second": len(rows.keys) / facts.seconds,
             "evaluation_peak_memory_bytes": result.peak_memory_bytes,
             "map_seconds_per_image": result.map_seconds_per_image,

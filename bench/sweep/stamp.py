@@ -30,7 +30,7 @@ def write_stamp(folder: Path, *, weights_sha256: str, largest_difference: float)
         largest_difference: between the recorded rows and the new ones, see `bench.sweep.rerun`.
     """
     code = code_facts()
-    changed = " with changes" if code.dirty_diff_sha256 else ""
+    changed = {True: "", False: " with changes", None: ", changes unknown"}[code.clean if code.commit else True]
     content = {
         "record_sha256": hash_file(folder / RECORD),
         "weights_sha256": weights_sha256,

@@ -218,7 +218,7 @@ def _data_row(record: Record) -> tuple[str, ...]:
 
 def _code_row(record: Record) -> tuple[str, ...]:
     code = record.code
-    changed = "yes" if code.dirty_diff_sha256 else "no"
+    changed = {True: "no", False: "yes", None: "not known"}[code.clean]
     return (code.version, (code.commit or "none")[:12], changed, code.libraries.get("torch", ""), str(record.hardware.get("name", "")))
 
 

@@ -83,6 +83,7 @@ def write_cell(
     record = Record(
         key=key,
         training_key=hashlib.sha256(f"{guidance}{backbone}{seed}".encode()).hexdigest(),  # all methods read out one training
+        scheme=2,
         cell=name,
         trains_as=method,
         variant="paper",
@@ -113,10 +114,13 @@ def write_cell(
             {"epoch": 1, "lr": 0.1, "classification": 1.5, "guidance": 0.9},
             {"epoch": 2, "lr": 0.1, "classification": 1.25, "guidance": 0.5, "accuracy": 0.5},
         ],
+        processes=None,
         weights_sha256="w",
         rows_sha256=hash_file(folder / "samples.parquet"),
         maps_sha256=hash_file(folder / "maps.safetensors") if maps else None,
-        code=CodeFacts(version="0", commit=None, dirty_diff_sha256=None, libraries={"torch": "2"}),
+        code=CodeFacts(
+            version="0", commit=None, clean=None, dirty_diff_sha256=None, source_sha256=None, entries={}, libraries={"torch": "2"}
+        ),
         hardware={"device": "cpu"},
         cost={"parameters": 1234567, "training_seconds": 3.5},
         seeds={"seed": seed},

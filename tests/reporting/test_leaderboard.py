@@ -15,7 +15,7 @@ from bench.reporting.evidence import Run
 from bench.reporting.leaderboard import build_tables as build_from_runs
 from bench.reporting.ranking import rank
 from bench.reporting.render import render
-from bench.sweep.record import CellName, CodeFacts, DataFacts, Record
+from bench.sweep.record import CellName, CodeFacts, DataFacts, ProcessFacts, Record
 
 
 def build_tables(records):
@@ -47,6 +47,7 @@ def record(
     filed = Record(
         key="k",
         training_key="t",
+        scheme=2,
         cell=CellName(method=method, guidance=guidance, backbone=backbone, dataset=dataset, seed=seed),
         trains_as=method,
         variant=variant,
@@ -74,10 +75,11 @@ def record(
         invariance=None,
         selection={},
         epochs=[],
+        processes=None,
         weights_sha256="w",
         rows_sha256="r",
         maps_sha256=None,
-        code=CodeFacts(version="0", commit=None, dirty_diff_sha256=None, libraries={}),
+        code=CodeFacts(version="0", commit=None, clean=None, dirty_diff_sha256=None, source_sha256=None, entries={}, libraries={}),
         hardware={},
         cost={},
         seeds={},
@@ -265,3 +267,28 @@ def test_latex_compiles_whatever_the_names_are(tmp_path):
     assert done.returncode == 0, done.stdout
     assert "tabular" in (tmp_path / "table.tex").read_text()
     assert "Overfull" not in done.stdout
+
+
+def spread(*counts, dependent=("batch statistics",)):
+    return ProcessFacts(counts=counts, dependent=dependent)
+
+
+def test_rows_of_several_processes_say_so_where_the_weights_depend_on_it():
+    runs = [record(seed=0, processes=spread(2)), record(seed=1, processes=spread(2), training_key="u")]
+    (table,) = build_tables(runs)
+    assert table.rows[0].spread == "[2 processes]"
+    assert r"CAM \[2 processes\]" in render([table], "md")
+    assert "batch statistics make the weights depend on the number of processes" in render([table], "md")
+
+
+def test_a_row_that_mixes_numbers_of_processes_says_so():
+    runs = [record(seed=0, processes=spread(1)), record(seed=1, processes=spread(2), training_key="u")]
+    (table,) = build_tables(runs)
+    assert table.rows[0].spread == "[1 and 2 processes]"
+    assert "mixes trainings that are not alike" in render([table], "md")
+
+
+@pytest.mark.parametrize("processes", [None, spread(1), spread(2, dependent=())])
+def test_where_the_number_of_processes_does_not_matter_nothing_is_said(processes):
+    (table,) = build_tables([record(seed=0, processes=processes)])
+    assert table.rows[0].spread == ""

@@ -12,7 +12,7 @@ from typing import Any
 from bench.evaluation.statistics import Interval
 from bench.reporting.evidence import METRICS, Metric
 from bench.reporting.leaderboard import GUIDANCE, GUIDANCE_TITLES, TITLES, Row, Stat, Table
-from bench.reporting.render import Style, show
+from bench.reporting.render import Style, row_name, show
 from bench.reporting.site.figures import Picture
 from bench.sweep.record import Record
 
@@ -118,7 +118,7 @@ def board_row(row: Row, records: Mapping[str, Record]) -> BoardRow:
     }
     return BoardRow(
         title=row.title,
-        name=_name(row),
+        name=row_name(row, style=STYLE),
         backbone=row.backbone,
         cells=tuple(_board_cell(metric, row.stats.get((metric, guidance))) for metric in METRICS for guidance in GUIDANCE),
         runs=tuple((guidance, links) for guidance, links in runs.items() if links),
@@ -128,11 +128,6 @@ def board_row(row: Row, records: Mapping[str, Record]) -> BoardRow:
 def board_heads() -> tuple[str, ...]:
     """Headings of the figures of a leaderboard, in the order of `BoardRow.cells`."""
     return tuple(f"{TITLES[metric]} {GUIDANCE_TITLES[guidance]}" for metric in METRICS for guidance in GUIDANCE)
-
-
-def _name(row: Row) -> str:
-    name = STYLE.verified.format(row.title) if row.verified else row.title
-    return STYLE.batch_dependent.format(name) if row.batch_dependent else name
 
 
 def _board_cell(metric: Metric, stat: Stat | None) -> BoardCell:
@@ -279,7 +274,8 @@ def provenance(record: Record) -> tuple[tuple[str, tuple[tuple[str, str], ...]],
             (
                 ("bench", code.version),
                 ("commit", code.commit or NOTHING),
-                ("uncommitted changes sha256", code.dirty_diff_sha256 or "none"),
+                ("uncommitted changes sha256", code.dirty_diff_sha256 or ("none" if code.clean else "not known")),
+                ("source sha256", code.source_sha256 or "not recorded"),
                 *code.libraries.items(),
             ),
         ),
