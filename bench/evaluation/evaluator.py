@@ -27,7 +27,7 @@ from bench.method import Classifier, Method
 from bench.training.alignment import layer_attention
 from bench.training.engine import Engine
 from bench.training.interruption import EverywhereError
-from bench.training.observer import Observer
+from bench.training.observer import Observer, Work
 from bench.training.trainer import peak_memory
 
 
@@ -105,7 +105,7 @@ def evaluate(
         keys_sha256: what `hash_keys` of the split must be, from its index.
         engine: processes and device.
         observer: told of progress on the main process.
-        label: of the work, for the observer.
+        label: of the training, for the observer and errors.
         measures: optional measures to take besides, see `bench.evaluation.measures.choice_of`.
 
     Returns:
@@ -117,6 +117,7 @@ def evaluate(
         EverywhereError: with several processes, what went wrong on one of them.
     """
     assert not classifier.training
+    work = Work(label, "evaluating")
     expressions = expression_ids(reader.classes).to(engine.device)
     graph = any(method.needs_grad for method in methods.values())
     parts: list[dict[str, np.ndarray[Any, Any]]] = []
@@ -130,7 +131,7 @@ def evaluate(
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
     if engine.is_main:
-        observer.begin(label, steps=len(reader.keys), done=0)
+        observer.begin(work, steps=len(reader.keys), done=0)
     with engine.together(), contextlib.nullcontext() if graph else torch.inference_mode():
         for raw in reader.eval_batches(rank=engine.rank, world_size=engine.world_size, batch_size=batch_size):
             engine.stop.check()
@@ -142,7 +143,7 @@ def evaluate(
             au_maps, valid = action_unit_maps(landmarks, expressions[batch.labels], frame=REFERENCE_FRAME, size=size, variant=au_variant)
             output = classifier(images)
             output.images = images
-            check_finite(output.logits, label=label)
+            check_finite(output.logits, label=str(work))
             columns = {"position": batch.positions, "label": batch.labels, "logits": output.logits, "au_valid": valid}
             for layer, features in output.layers.items():
                 columns[f"attention/{layer}"] = _where(valid, attention_cosines(layer_attention(features.detach()), au_maps))
@@ -182,9 +183,9 @@ def evaluate(
             kept.keep(raw, logits=output.logits, maps=own)
             parts.append({key: value.detach().cpu().numpy() for key, value in columns.items()})
             if engine.is_main:
-                observer.advance(label, steps=len(raw) * engine.world_size, note="")
+                observer.advance(work, steps=len(raw) * engine.world_size, note="")
     if engine.is_main:
-        observer.end(label)
+        observer.end(work)
     peak = engine.from_main(peak_memory(engine.device))
     whole = [part for shares in engine.gather(parts) for part in shares]
     table = {key: np.concatenate([part[key] for part in whole]) for key in whole[0]}
@@ -193,7 +194,7 @@ def evaluate(
     keys = [reader.keys[position] for position in table["position"]]
     if hash_keys(keys) != keys_sha256 or len(keys) != len(reader.keys):
         raise CountError(
-            f"{label}: the evaluation saw {len(keys)} samples ({len(set(keys))} different) of {len(reader.keys)}; nothing is recorded"
+            f"{work}: the evaluation saw {len(keys)} samples ({len(set(keys))} different) of {len(reader.keys)}; nothing is recorded"
         )
     slices = [part for share in engine.gather(kept.parts) for part in share]
     with engine.together():

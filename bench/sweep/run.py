@@ -40,7 +40,7 @@ from bench.training.build import build_reader
 from bench.training.checkpoint import hash_weights
 from bench.training.engine import Engine
 from bench.training.interruption import BrokenWorldError, EverywhereError, LeaseLostError, StoppedError
-from bench.training.observer import Observer
+from bench.training.observer import Observer, Work
 from bench.training.trainer import load_trained, read_trained, train
 
 _log = logging.getLogger(__name__)
@@ -211,8 +211,8 @@ class _Sweep:
                 self._event("end", training)
         finally:
             if self.engine.is_main:
-                for label in (training.label, _evaluation_label(training)):
-                    self.observer.end(label)
+                for work in (Work(training.label, "training"), Work(training.label, "evaluating")):
+                    self.observer.end(work)
             self._release()
         self.trained += claim.fresh and len(errors) < len(missing)
         self.ran += [cell for cell in missing if cell.label not in errors]
@@ -340,7 +340,7 @@ class _Sweep:
             keys_sha256=index.splits["test"].keys_sha256,
             engine=self.engine,
             observer=observer,
-            label=_evaluation_label(training),
+            label=training.label,
             measures=choice_of(cells[0]),
         )
         return results, time.monotonic() - started
@@ -400,10 +400,6 @@ class _Sweep:
             known = self.store.read_failure(cell)
             if known is None or known == self._failures[cell.key]:
                 self._record_failure(cell, failure | noted(known, self.store.newest_checkpoint(cell.training)))
-
-
-def _evaluation_label(training: Training) -> str:
-    return f"{training.label} evaluation"
 
 
 def _describe(error: BaseException) -> str:
