@@ -448,7 +448,7 @@ def _record(cell: Cell, result: Evaluated, facts: _Facts, *, hashes: Hashes) -> 
         evaluation=dict(cell.evaluation),
         # Where things lie on this machine decides nothing and is nobody else's business.
         config=config.model_dump(mode="json", exclude={"run": set(_PLACES)}),
-        origins={key: origin for key, origin in facts.settings.origins.items() if key not in {f"run.{name}" for name in _PLACES}},
+        origins={key: origin.text for key, origin in facts.settings.origins.items() if key not in {f"run.{name}" for name in _PLACES}},
         data=DataFacts(
             entry=index.entry,
             fingerprint=index.fingerprint,
