@@ -103,7 +103,7 @@ class TrainConfig(_Section):
     balance: Literal["none", "class"] = "none"
     """``class``: samples are drawn so that every class is seen equally often."""
     engine: Literal["ddp", "deepspeed"] = "ddp"
-    """What runs the processes of a training; ``deepspeed`` needs ``pip install 'bench[deepspeed]'``."""
+    """What runs the processes of a training; ``deepspeed`` needs the packages of the extra ``deepspeed``."""
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed: 1 = each process keeps its part of the optimiser's state, 2 = of the gradients too."""
     precision: Literal["no", "bf16", "fp16"] = "no"
