@@ -30,6 +30,19 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 
 
+class ContradictionError(ValueError):
+    """Values of a section that do not go together.
+
+    Args:
+        message: what is wrong.
+        keys: of the values, below the section.
+    """
+
+    def __init__(self, message: str, *, keys: Sequence[str]) -> None:
+        super().__init__(message)
+        self.keys = tuple(keys)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -57,10 +70,10 @@ class RunConfig(_Section):
         for key in ("methods", "datasets", "backbones", "guidance", "seeds"):
             values = getattr(self, key)
             if not values:
-                raise ValueError(f"{key}: empty list; name at least one")
+                raise ContradictionError(f"{key}: empty list; name at least one", keys=[key])
             repeated = sorted({str(v) for v in values if values.count(v) > 1})
             if repeated:
-                raise ValueError(f"{key}: {', '.join(repeated)} is listed more than once")
+                raise ContradictionError(f"{key}: {', '.join(repeated)} is listed more than once", keys=[key])
         return self
 
 
@@ -90,7 +103,7 @@ class TrainConfig(_Section):
     balance: Literal["none", "class"] = "none"
     """``class``: samples are drawn so that every class is seen equally often."""
     engine: Literal["ddp", "deepspeed"] = "ddp"
-    """What runs the processes of a training; ``deepspeed`` needs ``pip install 'bench[deepspeed]'``."""
+    """What runs the processes of a training; ``deepspeed`` needs the packages of the extra ``deepspeed``."""
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed: 1 = each process keeps its part of the optimiser's state, 2 = of the gradients too."""
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -115,19 +128,28 @@ class TrainConfig(_Section):
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
         if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size = {self.batch_size} is not a multiple of accumulate = {self.accumulate}")
+            raise ContradictionError(
+                f"batch_size = {self.batch_size} is not a multiple of accumulate = {self.accumulate}", keys=["batch_size", "accumulate"]
+            )
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs = {self.warmup_epochs} leaves nothing of epochs = {self.epochs}")
+            raise ContradictionError(
+                f"warmup_epochs = {self.warmup_epochs} leaves nothing of epochs = {self.epochs}", keys=["warmup_epochs", "epochs"]
+            )
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr = {self.min_lr} is above lr = {self.lr}")
+            raise ContradictionError(f"min_lr = {self.min_lr} is above lr = {self.lr}", keys=["min_lr", "lr"])
         if self.engine == "ddp" and self.zero_stage:
-            raise ValueError(f"zero_stage = {self.zero_stage} is DeepSpeed's; it needs engine = deepspeed")
+            raise ContradictionError(
+                f"zero_stage = {self.zero_stage} is DeepSpeed's; it needs engine = deepspeed", keys=["zero_stage", "engine"]
+            )
         if self.engine == "deepspeed":
             if self.precision == "fp16":
-                raise ValueError("precision = fp16 does not go with engine = deepspeed; use precision = bf16 or no, or engine = ddp")
+                raise ContradictionError(
+                    "precision = fp16 does not go with engine = deepspeed; use precision = bf16 or no, or engine = ddp",
+                    keys=["precision", "engine"],
+                )
             for key in ("compile", "channels_last"):
                 if getattr(self, key):
-                    raise ValueError(f"{key} = true does not go with engine = deepspeed; use engine = ddp")
+                    raise ContradictionError(f"{key} = true does not go with engine = deepspeed; use engine = ddp", keys=[key, "engine"])
         return self
 
 
@@ -167,9 +189,9 @@ class AugmentConfig(_Section):
         for key in ("crop_scale", "erase_area", "erase_ratio"):
             low, high = getattr(self, key)
             if low > high:
-                raise ValueError(f"{key}: the first value, {low}, is above the second, {high}")
+                raise ContradictionError(f"{key}: the first value, {low}, is above the second, {high}", keys=[key])
         if self.crop_scale[0] <= 0:
-            raise ValueError("crop_scale: the smallest crop needs an area above 0")
+            raise ContradictionError("crop_scale: the smallest crop needs an area above 0", keys=["crop_scale"])
         return self
 
 
@@ -243,13 +265,17 @@ class SlurmConfig(_Section):
         for name in self.extra:
             flag = name.replace("_", "-")
             if not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
-                raise ValueError(f"extra: {name!r} is not the long name of an sbatch option, like reservation")
+                raise ContradictionError(
+                    f"extra: {name!r} is not the long name of an sbatch option, like reservation", keys=[join_key("extra", name)]
+                )
             if flag in SLURM_OWN:
-                raise ValueError(f"extra: {name!r} is set by {SLURM_OWN[flag]}")
+                raise ContradictionError(f"extra: {name!r} is set by {SLURM_OWN[flag]}", keys=[join_key("extra", name)])
         # Slurm's clock is coarse: it sends the signal up to a minute earlier (man sbatch), and one of one minute was told within 4 s.
         if self.signal_seconds + 60 >= 60 * self.minutes:
-            raise ValueError(
-                f"signal_seconds = {self.signal_seconds} leaves nothing of minutes = {self.minutes}: the signal may come up to 60 s earlier"
+            raise ContradictionError(
+                f"signal_seconds = {self.signal_seconds} leaves nothing of minutes = {self.minutes}: "
+                f"the signal may come up to 60 s earlier",
+                keys=["signal_seconds", "minutes"],
             )
         return self
 
@@ -279,9 +305,10 @@ class SweepConfig(_Section):
     @model_validator(mode="after")
     def _patient(self) -> SweepConfig:
         if self.lease_stale_s < 2 * self.lease_heartbeat_s:
-            raise ValueError(
+            raise ContradictionError(
                 f"lease_stale_s = {self.lease_stale_s} is less than two lease_heartbeat_s = {self.lease_heartbeat_s}: "
-                f"a run that lives would lose its training"
+                f"a run that lives would lose its training",
+                keys=["lease_stale_s", "lease_heartbeat_s"],
             )
         return self
 
@@ -310,17 +337,35 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message names its place, its key, its value and what would do."""
 
 
+Layer = Literal["default", "profile", "file", "environment", "set", "flag"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a value came from."""
+
+    layer: Layer
+    text: str
+    """As messages and records show it."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+DEFAULT = Origin("default", "default")
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """A validated configuration and where each of its values came from."""
 
     config: Config
-    origins: Mapping[str, str]
+    origins: Mapping[str, Origin]
     """Dotted key -> origin, for every value."""
 
-    def origin(self, key: str) -> str:
+    def origin(self, key: str) -> Origin:
         """Where the value of a dotted key came from."""
-        return self.origins.get(key, "default")
+        return self.origins.get(key, DEFAULT)
 
 
 def load_settings(
@@ -352,31 +397,30 @@ def load_settings(
     own_profiles = _table(content.pop("profiles", {}), key="profiles", origin=str(path))
     profile = profile or content.pop("profile", None)
     content.pop("profile", None)
-    merged: dict[str, tuple[Any, str]] = {}
+    merged: dict[str, tuple[Any, Origin]] = {}
     if profile is not None:
         if not isinstance(profile, str) or profile not in {*shipped, *own_profiles}:
             raise ConfigError(f"unknown profile {profile!r}.{did_you_mean(str(profile), {*shipped, *own_profiles})}")
-        merged.update(_flatten(shipped.get(profile, {}), origin=f"shipped profile {profile}"))
-    merged.update(_flatten(content, origin=str(path)))
+        merged.update(_flatten(shipped.get(profile, {}), origin=Origin("profile", f"shipped profile {profile}")))
+    merged.update(_flatten(content, origin=Origin("file", str(path))))
     if profile is not None and profile in own_profiles:
-        merged.update(
-            _flatten(_table(own_profiles[profile], key=f"profiles.{profile}", origin=str(path)), origin=f"{path} [profiles.{profile}]")
-        )
+        table = _table(own_profiles[profile], key=f"profiles.{profile}", origin=str(path))
+        merged.update(_flatten(table, origin=Origin("profile", f"{path} [profiles.{profile}]")))
     for name, value in sorted((os.environ if environ is None else environ).items()):
         if name.startswith(ENV_PREFIX) and "__" in name:
             key = name.removeprefix(ENV_PREFIX).lower().replace("__", ".")
-            merged[key] = (_parse_value(value), f"environment {name}")
+            merged[key] = (_parse_value(value), Origin("environment", f"environment {name}"))
     for assignment in sets:
         key, equals, value = assignment.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {assignment!r}: write it as key=value, for example --set train.lr=0.01")
-        merged[join_key(*split_key(key.strip()))] = (_parse_value(value.strip()), f"--set {assignment}")
+        merged[join_key(*split_key(key.strip()))] = (_parse_value(value.strip()), Origin("set", f"--set {assignment}"))
     for key, value in (flags or {}).items():
-        merged[key] = (value, FLAGS.get(key, f"--{key.rsplit('.', 1)[-1].replace('_', '-')}"))
+        merged[key] = (value, Origin("flag", FLAGS.get(key, f"--{key.rsplit('.', 1)[-1].replace('_', '-')}")))
     return _validate(merged)
 
 
-def _validate(merged: Mapping[str, tuple[Any, str]]) -> Settings:
+def _validate(merged: Mapping[str, tuple[Any, Origin]]) -> Settings:
     tree: dict[str, Any] = {}
     for key, (value, origin) in merged.items():
         node = tree
@@ -390,7 +434,7 @@ def _validate(merged: Mapping[str, tuple[Any, str]]) -> Settings:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, merged)) from None
-    origins = {key: merged[key][1] if key in merged else "default" for key, _ in walk(config.model_dump(mode="json"))}
+    origins = {key: merged[key][1] if key in merged else DEFAULT for key, _ in walk(config.model_dump(mode="json"))}
     return Settings(config=config, origins=origins)
 
 
@@ -419,30 +463,33 @@ def walk(tree: Mapping[str, Any], parents: tuple[str, ...] = ()) -> Iterator[tup
             yield join_key(*parents, key), value
 
 
-def _flatten(tree: Mapping[str, Any], *, origin: str) -> dict[str, tuple[Any, str]]:
+def _flatten(tree: Mapping[str, Any], *, origin: Origin) -> dict[str, tuple[Any, Origin]]:
     return {key: (value, origin) for key, value in walk(tree)}
 
 
-def _explain(error: ValidationError, merged: Mapping[str, tuple[Any, str]]) -> str:
+def _explain(error: ValidationError, merged: Mapping[str, tuple[Any, Origin]]) -> str:
     lines = []
     for problem in error.errors():
         location = [str(part) for part in problem["loc"]]
         # A problem inside a list has the position as its last parts; the origin belongs to the list.
         leading = [join_key(*location[:n]) for n in range(len(location), 0, -1)]
         key = next((k for k in leading if k in merged), join_key(*location))
-        value, origin = merged.get(key, (problem["input"], ""))
+        value, origin = merged.get(key, (problem["input"], None))
+        place = f"{origin}: " if origin else ""
         if problem["type"] == "extra_forbidden":
             section, name = join_key(*location[:-1]), location[-1]
-            where = origin or next((o for k, (_, o) in merged.items() if k.startswith(join_key(*location) + ".")), "")
+            where = origin or next((o for k, (_, o) in merged.items() if k.startswith(join_key(*location) + ".")), None)
+            assert where is not None
             lines.append(f"{where}: unknown key {join_key(*location)!r}.{did_you_mean(name, _fields(section))}")
         elif problem["type"] == "value_error":
-            involved = [
-                f"{k} from {o}" for k, (_, o) in merged.items() if k.startswith(key + ".") and k.rsplit(".", 1)[-1] in problem["msg"]
-            ]
-            told, beside = f"{origin}: " if origin else "", f" ({'; '.join(involved)})" if involved else ""
-            lines.append(f"{told}[{key}] {problem['msg'].removeprefix('Value error, ')}{beside}")
+            contradiction = problem["ctx"]["error"]
+            names = contradiction.keys if isinstance(contradiction, ContradictionError) else ()
+            keys = [f"{key}.{name}" for name in names]
+            involved = [f"{k} from {merged[k][1] if k in merged else DEFAULT}" for k in keys]
+            beside = f" ({'; '.join(involved)})" if involved else ""
+            lines.append(f"{place}[{key}] {problem['msg'].removeprefix('Value error, ')}{beside}")
         else:
-            lines.append(f"{origin}: {key} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+            lines.append(f"{place}{key} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
     return "\n".join(lines)
 
 

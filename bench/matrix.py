@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from bench.backbone import BACKBONES, Backbone, BackboneInfo
-from bench.config import Config, ConfigError, Settings, join_key
+from bench.config import Config, ConfigError, Origin, Settings, join_key
 from bench.dataset import DATASETS
 from bench.method import METHODS, Method, MethodInfo, Variant
 from bench.registry import Default, Entry, EntryOptions, OptionError, Registry, check_options, did_you_mean
@@ -216,7 +216,7 @@ T = TypeVar("T")
 I = TypeVar("I", MethodInfo, BackboneInfo)  # noqa: E741
 
 
-def select(registry: Registry[T, I], names: Sequence[str], *, origin: str) -> list[Entry[T, I]]:
+def select(registry: Registry[T, I], names: Sequence[str], *, origin: Origin) -> list[Entry[T, I]]:
     """Resolve names, ``all`` and ``everything`` to entries, each once, in the order given.
 
     Raises:
@@ -244,7 +244,7 @@ def check_sections(settings: Settings, section: str, known: Sequence[str], regis
         if name in known:
             continue
         table = join_key(section, name)
-        origin = next((o for key, o in settings.origins.items() if key.startswith(f"{table}.")), "")
+        origin = next((o.text for key, o in settings.origins.items() if key.startswith(f"{table}.")), "")
         if registry is None or ":" not in name:
             raise ConfigError(f"{origin}: [{table}] is of no known entry.{did_you_mean(name, known)}")
         try:
@@ -329,7 +329,7 @@ def _with_defaults(settings: Settings, entries: Sequence[Entry[Any, Any]], datas
     for entry in entries:
         for default in _applicable(entry, settings.config.run.variant, dataset):
             section, _, key = default.key.partition(".")
-            if section != "option" and settings.origin(default.key) == "default":
+            if section != "option" and settings.origin(default.key).layer == "default":
                 assert key in tree[section], default.key
                 tree[section][key] = default.value
                 brought[default.key] = f"{entry.name}: {default.source}"
@@ -344,7 +344,7 @@ def _applicable(entry: Entry[Any, Any], variant: Variant, dataset: DatasetRef) -
 
 def _options(settings: Settings, section: str, entry: Entry[Any, Any], dataset: DatasetRef) -> dict[str, Any]:
     given = getattr(settings.config, section).get(entry.name, {})
-    origins = {settings.origin(join_key(section, entry.name, key)) for key in given}
+    origins = {settings.origin(join_key(section, entry.name, key)).text for key in given}
     registry: Registry[Any, Any] = METHODS if section == "methods" else BACKBONES
     own = {
         d.key.removeprefix("option."): d.value
@@ -356,7 +356,7 @@ def _options(settings: Settings, section: str, entry: Entry[Any, Any], dataset: 
 
 
 def _pair(
-    methods: Sequence[Entry[Method, MethodInfo]], backbones: Sequence[Entry[Backbone, BackboneInfo]], *, origin: str
+    methods: Sequence[Entry[Method, MethodInfo]], backbones: Sequence[Entry[Backbone, BackboneInfo]], *, origin: Origin
 ) -> list[tuple[Entry[Method, MethodInfo], Entry[Backbone, BackboneInfo]]]:
     """Every method on every backbone it can take; each method must occur, and each backbone that was asked for by a flag."""
     pairs = [(m, b) for m in methods for b in backbones if b.info.kind in m.info.backbones]
@@ -367,7 +367,7 @@ def _pair(
                 f"{origin}: method {method.name!r} can take none of the backbones {', '.join(b.name for b in backbones)}; "
                 f"it can take: {', '.join(possible)}"
             )
-    for backbone in backbones if origin.startswith("--") else ():  # a profile lists backbones for all methods
+    for backbone in backbones if origin.layer in ("set", "flag") else ():  # a profile lists backbones for all methods
         if not any(b is backbone for _, b in pairs):
             possible = [m.name for m in METHODS if backbone.info.kind in m.info.backbones]
             raise ConfigError(

@@ -24,6 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bench.extras import install_command
+
 State = dict[str, Tensor]
 
 VGGFACE2_FILE = "rcmalli_vggface_tf_notop_resnet50.h5"
@@ -304,7 +306,7 @@ def vggface2_weights() -> State:
     try:
         import h5py
     except ImportError as error:
-        raise ValueError("weights = 'vggface2' is a Keras file and needs h5py: pip install 'bench[vggface2]'") from error
+        raise ValueError(f"weights = 'vggface2' is a Keras file and needs h5py: {install_command('vggface2')}") from error
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     try:
         with h5py.File(path) as file:

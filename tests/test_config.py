@@ -21,7 +21,7 @@ def write(text: str) -> Path:
 def test_without_anything_every_value_is_a_default():
     settings = load_settings(environ={})
     assert settings.config == Config()
-    assert set(settings.origins.values()) == {"default"}
+    assert {origin.layer for origin in settings.origins.values()} == {"default"}
 
 
 def test_every_value_has_an_origin():
@@ -39,12 +39,12 @@ def test_layers_win_in_order_and_say_so():
     )
     train = settings.config.train
     assert train.batch_size == 32
-    assert settings.origin("train.batch_size") == "shipped profile quick"
-    assert (train.epochs, settings.origin("train.epochs")) == (2, "bench.toml")
-    assert (train.lr, settings.origin("train.lr")) == (0.03, "bench.toml [profiles.quick]")
-    assert (train.momentum, settings.origin("train.momentum")) == (0.4, "environment BENCH_TRAIN__MOMENTUM")
-    assert (train.weight_decay, settings.origin("train.weight_decay")) == (0.5, "--set train.weight_decay=0.5")
-    assert (settings.config.run.seeds, settings.origin("run.seeds")) == ((6,), "--seeds")
+    assert settings.origin("train.batch_size").text == "shipped profile quick"
+    assert (train.epochs, settings.origin("train.epochs").text) == (2, "bench.toml")
+    assert (train.lr, settings.origin("train.lr").text) == (0.03, "bench.toml [profiles.quick]")
+    assert (train.momentum, settings.origin("train.momentum").text) == (0.4, "environment BENCH_TRAIN__MOMENTUM")
+    assert (train.weight_decay, settings.origin("train.weight_decay").text) == (0.5, "--set train.weight_decay=0.5")
+    assert (settings.config.run.seeds, settings.origin("run.seeds").text) == ((6,), "--seeds")
 
 
 def test_the_file_can_choose_its_profile():
@@ -82,6 +82,27 @@ def test_what_cannot_be_is_an_error_that_names_file_key_value_and_the_nearest_ch
     write(text)
     with pytest.raises(ConfigError, match=message):
         load_settings(environ={})
+
+
+def test_values_that_contradict_each_other_are_shown_with_their_origins_and_no_others_are():
+    write("[train]\nmin_lr = 1\nepochs = 3\n")
+    with pytest.raises(ConfigError) as caught:
+        load_settings(environ={"BENCH_TRAIN__LR": "0.5", "BENCH_TRAIN__HEAD_LR_RATIO": "2"})
+    assert str(caught.value).endswith("(train.min_lr from bench.toml; train.lr from environment BENCH_TRAIN__LR)")
+
+
+@pytest.mark.parametrize(
+    ("sets", "shown"),
+    [
+        (["train.min_lr=1"], "(train.min_lr from --set train.min_lr=1; train.lr from default)"),
+        (["slurm.extra.time=3"], "(slurm.extra.time from --set slurm.extra.time=3)"),
+        (["slurm.minutes=1"], "(slurm.signal_seconds from default; slurm.minutes from --set slurm.minutes=1)"),
+    ],
+)
+def test_a_contradiction_names_its_keys_also_below_tables_and_where_a_default_takes_part(sets, shown):
+    with pytest.raises(ConfigError) as caught:
+        load_settings(environ={}, sets=sets)
+    assert str(caught.value).endswith(shown)
 
 
 def test_a_bad_environment_variable_is_named():

@@ -179,6 +179,6 @@ def show_origins(plan: Plan) -> None:
     table = Table("setting", "value", "from")
     for key, value in walk(plan.settings.config.model_dump(mode="json")):
         origin = plan.settings.origin(key)
-        style = "dim" if origin == "default" else ""
-        table.add_row(key, escape(str(value)), escape(origin), style=style)
+        style = "dim" if origin.layer == "default" else ""
+        table.add_row(key, escape(str(value)), escape(origin.text), style=style)
     table_console().print(table)

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from bench.training.observer import Work
+
 
 class RichObserver:
     """Bars with a rate and the time left; a line an epoch above them."""
@@ -22,26 +24,26 @@ class RichObserver:
         )
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
         self._progress.start()
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks: dict[Work, TaskID] = {}
 
-    def begin(self, label: str, *, steps: int, done: int) -> None:
+    def begin(self, work: Work, *, steps: int, done: int) -> None:
         """See `bench.training.observer.Observer`."""
-        self.end(label)
-        self._tasks[label] = self._progress.add_task(label, total=steps, completed=done, note="")
+        self.end(work)
+        self._tasks[work] = self._progress.add_task(str(work), total=steps, completed=done, note="")
 
-    def advance(self, label: str, *, steps: int, note: str) -> None:
+    def advance(self, work: Work, *, steps: int, note: str) -> None:
         """See `bench.training.observer.Observer`."""
-        self._progress.update(self._tasks[label], advance=steps, note=note)
+        self._progress.update(self._tasks[work], advance=steps, note=note)
 
-    def end(self, label: str) -> None:
+    def end(self, work: Work) -> None:
         """See `bench.training.observer.Observer`."""
-        if label in self._tasks:
-            self._progress.remove_task(self._tasks.pop(label))
+        if work in self._tasks:
+            self._progress.remove_task(self._tasks.pop(work))
 
-    def epoch(self, label: str, record: Mapping[str, Any]) -> None:
+    def epoch(self, work: Work, record: Mapping[str, Any]) -> None:
         """See `bench.training.observer.Observer`."""
         shown = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in record.items())
-        self._progress.console.print(f"[dim]{label}[/]  {shown}", highlight=False)
+        self._progress.console.print(f"[dim]{work}[/]  {shown}", highlight=False)
 
     def stop(self) -> None:
         """Take the display away."""

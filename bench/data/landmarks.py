@@ -25,6 +25,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from bench.dataset import Box
+from bench.extras import install_command
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,10 +73,7 @@ _MIN_DETECTOR_SCORE = 0.5  # the package's
 _DETECTOR_OVERLAP = 0.3  # the package's
 _DETECTOR_MEAN = (104.0, 117.0, 123.0)  # blue, green, red
 _PACKAGES = {"face-alignment": "face_alignment", "dlib": "dlib"}
-_INSTALL = {
-    "face-alignment": "pip install 'bench[landmarks]'",
-    "dlib": "pip install 'bench[dlib]'; it compiles for some minutes",
-}
+_EXTRAS = {"face-alignment": "landmarks", "dlib": "dlib"}
 
 
 class Landmarker(ABC):
@@ -366,7 +364,8 @@ def _import(name: str) -> None:
     package = _PACKAGES[name]
     other = f"Other choices: {_others(name)}"
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"landmarks={name} needs the package {name}: {_INSTALL[name]}. {other}")
+        patience = "; it compiles for some minutes" if name == "dlib" else ""
+        raise ValueError(f"landmarks={name} needs the package {name}: {install_command(_EXTRAS[name])}{patience}. {other}")
     try:
         importlib.import_module(package)
     except ImportError as error:

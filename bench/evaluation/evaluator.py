@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +27,7 @@ from bench.method import Classifier, Method
 from bench.training.alignment import layer_attention
 from bench.training.engine import Engine
 from bench.training.interruption import EverywhereError
-from bench.training.observer import Observer
+from bench.training.observer import Observer, Work
 from bench.training.trainer import peak_memory, reset_peak_memory
 
 
@@ -105,7 +105,7 @@ def evaluate(
         keys_sha256: what `hash_keys` of the split must be, from its index.
         engine: processes and device.
         observer: told of progress on the main process.
-        label: of the work, for the observer.
+        label: of the training, for the observer and errors.
         measures: optional measures to take besides, see `bench.evaluation.measures.choice_of`.
 
     Returns:
@@ -117,9 +117,10 @@ def evaluate(
         EverywhereError: with several processes, what went wrong on one of them.
     """
     assert not classifier.training
+    work = Work(label, "evaluating")
     expressions = expression_ids(reader.classes).to(engine.device)
     graph = any(method.needs_grad for method in methods.values())
-    parts: list[dict[str, np.ndarray[Any, Any]]] = []
+    parts: list[_Part] = []
     measuring = Measuring(measures, classifier, total=len(reader.keys)) if measures is not None and measures.names else None
     kept = Slice(len(reader.keys))
     attention_sums, au_sums, *map_sums = (
@@ -129,7 +130,7 @@ def evaluate(
     watch = Stopwatch(engine.device)
     reset_peak_memory(engine.device)
     if engine.is_main:
-        observer.begin(label, steps=len(reader.keys), done=0)
+        observer.begin(work, steps=len(reader.keys), done=0)
     with engine.together(), contextlib.nullcontext() if graph else torch.inference_mode():
         for raw in reader.eval_batches(rank=engine.rank, world_size=engine.world_size, batch_size=batch_size):
             engine.stop.check()
@@ -141,10 +142,14 @@ def evaluate(
             au_maps, valid = action_unit_maps(landmarks, expressions[batch.labels], frame=REFERENCE_FRAME, size=size, variant=au_variant)
             output = classifier(images)
             output.images = images
-            check_finite(output.logits, label=label)
-            columns = {"position": batch.positions, "label": batch.labels, "logits": output.logits, "au_valid": valid}
-            for layer, features in output.layers.items():
-                columns[f"attention/{layer}"] = _where(valid, attention_cosines(layer_attention(features.detach()), au_maps))
+            check_finite(output.logits, label=str(work))
+            attention_rows = {
+                layer: _where(valid, attention_cosines(layer_attention(features.detach()), au_maps))
+                for layer, features in output.layers.items()
+            }
+            true_rows: dict[str, Tensor] = {}
+            predicted_rows: dict[str, Tensor] = {}
+            measured: dict[str, dict[str, Tensor]] = {name: {} for name in methods}
             where = {"positions": batch.positions, "labels": batch.labels}
             au_sums.add(au_maps, **where, valid=valid)
             attention_sums.add(upsample(min_max(layer_attention(output.layers[attention_layer].detach())), size=size), **where)
@@ -155,9 +160,9 @@ def evaluate(
                     own[name] = read_maps(method, classifier, output, batch.labels)
                 grown = upsample(min_max(own[name]), size=size)
                 sums[name].add(grown, **where)
-                columns[f"true/{name}"] = _where(valid, map_cosines(own[name], au_maps))
+                true_rows[name] = _where(valid, map_cosines(own[name], au_maps))
                 guessed = read_maps(method, classifier, output, predicted)
-                columns[f"predicted/{name}"] = _where(valid, map_cosines(guessed, au_maps))
+                predicted_rows[name] = _where(valid, map_cosines(guessed, au_maps))
                 if measuring is not None:
                     seen = Explained(
                         method=method,
@@ -175,23 +180,30 @@ def evaluate(
                         au_valid=valid,
                         au_variant=au_variant,
                     )
-                    for column, values in measuring.measure(seen, positions=batch.positions).items():
-                        columns[f"measure/{name}/{column}"] = values
+                    measured[name] = dict(measuring.measure(seen, positions=batch.positions))
             kept.keep(raw, logits=output.logits, maps=own)
-            parts.append({key: value.detach().cpu().numpy() for key, value in columns.items()})
+            parts.append(
+                _Part(
+                    position=_to_host(batch.positions),
+                    label=_to_host(batch.labels),
+                    logits=_to_host(output.logits),
+                    au_valid=_to_host(valid),
+                    attention={layer: _to_host(values) for layer, values in attention_rows.items()},
+                    maps_true={name: _to_host(values) for name, values in true_rows.items()},
+                    maps_predicted={name: _to_host(values) for name, values in predicted_rows.items()},
+                    measures={name: {key: _to_host(values) for key, values in table.items()} for name, table in measured.items()},
+                )
+            )
             if engine.is_main:
-                observer.advance(label, steps=len(raw) * engine.world_size, note="")
+                observer.advance(work, steps=len(raw) * engine.world_size, note="")
     if engine.is_main:
-        observer.end(label)
+        observer.end(work)
     peak = engine.from_main(peak_memory(engine.device))
-    whole = [part for shares in engine.gather(parts) for part in shares]
-    table = {key: np.concatenate([part[key] for part in whole]) for key in whole[0]}
-    order = np.argsort(table["position"], kind="stable")
-    table = {key: values[order] for key, values in table.items()}
-    keys = [reader.keys[position] for position in table["position"]]
+    whole = _join_parts([part for shares in engine.gather(parts) for part in shares])
+    keys = [reader.keys[position] for position in whole.position]
     if hash_keys(keys) != keys_sha256 or len(keys) != len(reader.keys):
         raise CountError(
-            f"{label}: the evaluation saw {len(keys)} samples ({len(set(keys))} different) of {len(reader.keys)}; nothing is recorded"
+            f"{work}: the evaluation saw {len(keys)} samples ({len(set(keys))} different) of {len(reader.keys)}; nothing is recorded"
         )
     slices = [part for share in engine.gather(kept.parts) for part in share]
     with engine.together():
@@ -200,25 +212,20 @@ def evaluate(
         )
     invariance = engine.from_main(checked)
     assert invariance is not None
-    layers = {int(key.removeprefix("attention/")): values for key, values in table.items() if key.startswith("attention/")}
     attention, au = attention_sums.total(engine), au_sums.total(engine)
     spent = engine.gather(watch.seconds())
     return {
         name: Evaluated(
             rows=Rows(
                 keys=keys,
-                labels=table["label"],
-                people=reader.people.numpy()[table["position"]],
-                logits=table["logits"],
-                au_valid=table["au_valid"],
-                attention_cosines=layers,
-                map_cosines_true=table[f"true/{name}"],
-                map_cosines_predicted=table[f"predicted/{name}"],
-                measures={
-                    column.removeprefix(f"measure/{name}/"): values
-                    for column, values in table.items()
-                    if column.startswith(f"measure/{name}/")
-                },
+                labels=whole.label,
+                people=reader.people.numpy()[whole.position],
+                logits=whole.logits,
+                au_valid=whole.au_valid,
+                attention_cosines=whole.attention,
+                map_cosines_true=whole.maps_true[name],
+                map_cosines_predicted=whole.maps_predicted[name],
+                measures=whole.measures[name],
             ),
             attention_layer=attention_layer,
             maps=average_maps(sums[name].total(engine), attention=attention, au_map=au),
@@ -239,6 +246,55 @@ def count_macs(classifier: Classifier, *, size: int, device: torch.device) -> in
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         classifier(image)
     return int(counter.get_total_flops()) // 2
+
+
+_Array = np.ndarray[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """Values of some samples, on the host: the first axis of every array is the sample."""
+
+    position: _Array
+    """In the split."""
+    label: _Array
+    logits: _Array
+    au_valid: _Array
+    attention: dict[int, _Array]
+    """Layer -> cosines of its attention with the AU maps."""
+    maps_true: dict[str, _Array]
+    """Method -> cosines of the true class's maps."""
+    maps_predicted: dict[str, _Array]
+    measures: dict[str, dict[str, _Array]]
+    """Method -> column of the optional measures -> values."""
+
+
+def _join_parts(parts: Sequence[_Part]) -> _Part:
+    """All samples in the order of their positions. Every part has the layers, methods and columns of the first."""
+    order = np.argsort(np.concatenate([part.position for part in parts]), kind="stable")
+
+    def sort(arrays: Sequence[_Array]) -> _Array:
+        return np.concatenate(arrays)[order]
+
+    first = parts[0]
+    return _Part(
+        position=sort([part.position for part in parts]),
+        label=sort([part.label for part in parts]),
+        logits=sort([part.logits for part in parts]),
+        au_valid=sort([part.au_valid for part in parts]),
+        attention={layer: sort([part.attention[layer] for part in parts]) for layer in first.attention},
+        maps_true={name: sort([part.maps_true[name] for part in parts]) for name in first.maps_true},
+        maps_predicted={name: sort([part.maps_predicted[name] for part in parts]) for name in first.maps_predicted},
+        measures={
+            name: {column: sort([part.measures[name][column] for part in parts]) for column in columns}
+            for name, columns in first.measures.items()
+        },
+    )
+
+
+def _to_host(values: Tensor) -> _Array:
+    array: _Array = values.detach().cpu().numpy()
+    return array
 
 
 class Stopwatch:

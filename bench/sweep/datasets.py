@@ -17,7 +17,7 @@ from bench.dataset import DATASETS
 from bench.matrix import DatasetRef, digest, parse_options
 from bench.registry import did_you_mean
 from bench.training.interruption import StopRequest
-from bench.training.observer import Observer
+from bench.training.observer import Observer, Work
 
 BUSY_SECONDS = 1.0
 """Between attempts at a dataset that another run is preparing."""
@@ -155,13 +155,13 @@ def prepare_missing(sources: Iterable[Source], *, observer: Observer, plugins: S
 
 
 def _prepare(source: Source, *, observer: Observer, plugins: Sequence[str], stop: StopRequest) -> None:
-    label = f"prepare {source.name}"
-    observer.begin(label, steps=sum(source.reference().samples.values()), done=0)
+    work = Work(source.name, "preparing")
+    observer.begin(work, steps=sum(source.reference().samples.values()), done=0)
     seen = 0
 
     def report(progress: Progress) -> None:
         nonlocal seen
-        observer.advance(label, steps=progress.done - seen, note=f"{progress.bad} bad" if progress.bad else "")
+        observer.advance(work, steps=progress.done - seen, note=f"{progress.bad} bad" if progress.bad else "")
         seen = progress.done
         stop.check()
 
@@ -191,4 +191,4 @@ def _prepare(source: Source, *, observer: Observer, plugins: Sequence[str], stop
             raise
         else:
             break
-    observer.end(label)
+    observer.end(work)

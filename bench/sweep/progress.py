@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench.sweep.lease import Lease
-from bench.training.observer import Observer
+from bench.training.observer import Observer, Work
 
 REPORT_SECONDS = 2.0
 """Least time between two reports to the lease."""
@@ -27,29 +27,28 @@ class LeaseObserver:
         self._begun = self._reported = time.monotonic()
         self._first = 0
 
-    def begin(self, label: str, *, steps: int, done: int) -> None:
+    def begin(self, work: Work, *, steps: int, done: int) -> None:
         """See `Observer`."""
-        self._observer.begin(label, steps=steps, done=done)
+        self._observer.begin(work, steps=steps, done=done)
         self._begun, self._first = time.monotonic(), done
         # An evaluation follows its training, and does not forget it.
-        state = "evaluating" if label.endswith(" evaluation") else "training"
-        self._progress |= {"state": state, "step": done, "steps": steps, "rate": None}
+        self._progress |= {"state": work.phase, "step": done, "steps": steps, "rate": None}
         self._report()
 
-    def advance(self, label: str, *, steps: int, note: str) -> None:
+    def advance(self, work: Work, *, steps: int, note: str) -> None:
         """See `Observer`."""
-        self._observer.advance(label, steps=steps, note=note)
+        self._observer.advance(work, steps=steps, note=note)
         self._progress["step"] += steps
         if time.monotonic() - self._reported >= REPORT_SECONDS:
             self._report()
 
-    def end(self, label: str) -> None:
+    def end(self, work: Work) -> None:
         """See `Observer`."""
-        self._observer.end(label)
+        self._observer.end(work)
 
-    def epoch(self, label: str, record: Mapping[str, Any]) -> None:
+    def epoch(self, work: Work, record: Mapping[str, Any]) -> None:
         """See `Observer`."""
-        self._observer.epoch(label, record)
+        self._observer.epoch(work, record)
         loss = record["classification"] + record["guidance"]
         self._progress |= {"epoch": record["epoch"], "loss": round(loss, 5), "accuracy": record.get("accuracy")}
 

@@ -122,7 +122,7 @@ def _evaluate_again(
         keys_sha256=index.splits[first.data.split].keys_sha256,
         engine=engine,
         observer=observer,
-        label=f"{first.training.label} evaluation",
+        label=first.training.label,
     )
 
 

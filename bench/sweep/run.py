@@ -40,7 +40,7 @@ from bench.training.build import build_reader
 from bench.training.checkpoint import hash_weights
 from bench.training.engine import Engine
 from bench.training.interruption import BrokenWorldError, EverywhereError, LeaseLostError, StoppedError
-from bench.training.observer import Observer
+from bench.training.observer import Observer, Work
 from bench.training.trainer import load_trained, read_trained, train
 
 _log = logging.getLogger(__name__)
@@ -213,8 +213,8 @@ class _Sweep:
                 self._event("end", training)
         finally:
             if self.engine.is_main:
-                for label in (training.label, _evaluation_label(training)):
-                    self.observer.end(label)
+                for work in (Work(training.label, "training"), Work(training.label, "evaluating")):
+                    self.observer.end(work)
             self._release()
         self.trained += claim.fresh and len(errors) < len(missing)
         self.ran += [cell for cell in missing if cell.label not in errors]
@@ -353,7 +353,7 @@ class _Sweep:
             keys_sha256=index.splits["test"].keys_sha256,
             engine=self.engine,
             observer=observer,
-            label=_evaluation_label(training),
+            label=training.label,
             measures=choice_of(cells[0]),
         )
         return results, time.monotonic() - started
@@ -411,10 +411,6 @@ class _Sweep:
                 self._record_failure(cell, failure | noted(known, self.store.newest_checkpoint(cell.training)))
 
 
-def _evaluation_label(training: Training) -> str:
-    return f"{training.label} evaluation"
-
-
 def _describe(error: BaseException) -> str:
     """Type, text, and the notes that say at which step."""
     return "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
@@ -465,7 +461,7 @@ def _record(cell: Cell, result: Evaluated, facts: _Facts, *, hashes: Hashes) -> 
         evaluation=dict(cell.evaluation),
         # Where things lie on this machine decides nothing and is nobody else's business.
         config=config.model_dump(mode="json", exclude={"run": set(_PLACES)}),
-        origins={key: origin for key, origin in facts.settings.origins.items() if key not in {f"run.{name}" for name in _PLACES}},
+        origins={key: origin.text for key, origin in facts.settings.origins.items() if key not in {f"run.{name}" for name in _PLACES}},
         data=DataFacts(
             entry=index.entry,
             fingerprint=index.fingerprint,

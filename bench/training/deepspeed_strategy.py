@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bench.config import ConfigError, TrainConfig
+from bench.extras import install_command
 from bench.training.strategy import Strategy
 
 BUCKET = 50_000_000
@@ -32,7 +33,7 @@ def check_installed() -> None:
     for package in ("deepspeed", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"train.engine = 'deepspeed': the package {package} is not installed; pip install 'bench[deepspeed]', or use --engine ddp"
+                f"train.engine = 'deepspeed': the package {package} is not installed; {install_command('deepspeed')}, or use --engine ddp"
             )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bench.config import ConfigError, TrainConfig
+from bench.extras import install_command
 from bench.matrix import Training
 from bench.training.interruption import EverywhereError, HaltError, LeaseLostError, StoppedError, StopRequest
 from bench.training.lost_peers import give_up_on_lost_peers
@@ -82,7 +83,9 @@ class Engine:
         self._train = train
         self._trackers = trackers
         if trackers and not self._accelerator.log_with:
-            raise ValueError(f"--track {','.join(trackers)}: the package is not installed; try: pip install 'bench[{trackers[0]}]'")
+            # Accelerate knows further trackers, for which we have no extra.
+            command = install_command(trackers[0]) if trackers[0] in ("tensorboard", "wandb") else f"pip install {trackers[0]}"
+            raise ValueError(f"--track {','.join(trackers)}: the package is not installed; try: {command}")
 
         self.stop = stop or StopRequest()
         """Looked at between batches of an evaluation, and by all processes together between steps of a training."""

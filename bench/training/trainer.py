@@ -27,7 +27,7 @@ from bench.training.build import build_classifier, build_method, head_parameters
 from bench.training.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from bench.training.engine import Engine
 from bench.training.interruption import EverywhereError, Hold, LeaseLostError, StoppedError, Unshared
-from bench.training.observer import Observer
+from bench.training.observer import Observer, Work
 from bench.training.optimiser import build_optimiser, learning_rate, set_learning_rate
 from bench.training.random_layers import GeneratorWatch, batch_statistics
 from bench.training.strategy import numerics
@@ -169,6 +169,7 @@ class _Trainer:
         self.select = select
         self.engine = engine
         self.observer = observer
+        self.work = Work(training.label, "training")
         self.checkpoint_seconds = 60 * checkpoint_minutes
         settings = training.settings
         self.config = TrainConfig.model_validate(settings["train"])
@@ -198,10 +199,9 @@ class _Trainer:
     def run(self) -> dict[str, Any]:
         self._resume()
         total = self.config.epochs * self.steps_per_epoch
-        label = self.training.label
         if self.engine.is_main:
-            self.observer.begin(label, steps=total, done=len(self.progress.losses))
-        self.engine.start_tracking(label, {"training": self.training.key, **self.training.settings["train"]})
+            self.observer.begin(self.work, steps=total, done=len(self.progress.losses))
+        self.engine.start_tracking(self.training.label, {"training": self.training.key, **self.training.settings["train"]})
         self._clock = self._last_checkpoint = self._heeded = time.monotonic()
         try:
             reset_peak_memory(self.engine.device)
@@ -220,7 +220,7 @@ class _Trainer:
             self.engine.stop_tracking()  # a tracker that is left open takes the figures of the training that follows
         self.engine.release()
         if self.engine.is_main:
-            self.observer.end(label)
+            self.observer.end(self.work)
         return self._finish()
 
     def _epoch(self) -> None:
@@ -239,7 +239,7 @@ class _Trainer:
                 self._pending.append(self._step(raw.to(self.engine.device)))
             progress.step += 1
             if self.engine.is_main:
-                self.observer.advance(self.training.label, steps=1, note="")
+                self.observer.advance(self.work, steps=1, note="")
             if progress.step % CHECK_EVERY == 0 and progress.step < self.steps_per_epoch:
                 self._collect_losses()
                 if self.engine.from_main(time.monotonic() - self._last_checkpoint > self.checkpoint_seconds):
@@ -388,7 +388,7 @@ class _Trainer:
         progress.epochs.append(record)
         self.engine.track({k: v for k, v in record.items() if k != "epoch"}, step=epoch)
         if self.engine.is_main:
-            self.observer.epoch(self.training.label, record)
+            self.observer.epoch(self.work, record)
         self._checkpoint()
 
     def _checkpoint(self) -> None:

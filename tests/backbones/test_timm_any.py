@@ -183,7 +183,7 @@ def test_a_table_of_a_name_with_dots_survives(tmp_path):
     (tmp_path / "own.toml").write_text(TABLE)
     settings = load_settings(file=tmp_path / "own.toml", environ={})
     assert settings.config.backbones == {"timm:resnet18.a1_in1k": {"output_stride": 16}}
-    assert settings.origin('backbones."timm:resnet18.a1_in1k".output_stride') == str(tmp_path / "own.toml")
+    assert settings.origin('backbones."timm:resnet18.a1_in1k".output_stride').text == str(tmp_path / "own.toml")
 
 
 def test_a_setting_of_a_name_with_dots_can_be_given_on_the_command_line(tmp_path):
@@ -191,7 +191,7 @@ def test_a_setting_of_a_name_with_dots_can_be_given_on_the_command_line(tmp_path
     given = 'backbones."timm:resnet18.a1_in1k".output_stride=8'
     settings = load_settings(file=tmp_path / "own.toml", sets=[given], environ={})
     assert settings.config.backbones == {"timm:resnet18.a1_in1k": {"output_stride": 8}}
-    assert settings.origin('backbones."timm:resnet18.a1_in1k".output_stride') == f"--set {given}"
+    assert settings.origin('backbones."timm:resnet18.a1_in1k".output_stride').text == f"--set {given}"
 
 
 @pytest.mark.parametrize("parts", [("a",), ("a", "b"), ("backbones", "timm:resnet50.a1_in1k", "weights"), ("a.b", "c"), ("a", "b.c.d")])

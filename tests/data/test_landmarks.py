@@ -402,7 +402,7 @@ def test_tensors_of_another_network_are_refused(files, tmp_path, monkeypatch, co
         open_landmarker("face-alignment", weights=replaced(files, tmp_path, monkeypatch, content))
 
 
-@pytest.mark.parametrize(("name", "command"), [("face-alignment", r"bench\[landmarks\]"), ("dlib", r"bench\[dlib\].*compiles")])
+@pytest.mark.parametrize(("name", "command"), [("face-alignment", "face-alignment>="), ("dlib", "dlib>=.*compiles")])
 def test_a_missing_package_is_named_with_the_command(monkeypatch, name, command):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=rf"needs the package {name}: pip install '{command}"):

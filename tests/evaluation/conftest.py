@@ -73,7 +73,7 @@ def evaluated(split: Split) -> Callable[..., dict[str, Evaluated]]:
             keys_sha256=split.keys_sha256,
             engine=Engine(device="cpu"),
             observer=LogObserver(),
-            label="test evaluation",
+            label="test",
         )
 
     return run

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.config import ConfigError, Settings, SlurmConfig
 from bench.data.atomic import write_json_atomic
+from bench.extras import install_command
 from bench.matrix import Planned
 from bench.training.interruption import REQUEUE
 
@@ -211,7 +212,7 @@ def check_submitit() -> None:
     try:
         import submitit  # noqa: F401
     except ImportError:
-        raise ValueError("--launcher slurm needs submitit; try: pip install 'bench[slurm]'") from None
+        raise ValueError(f"--launcher slurm needs submitit; try: {install_command('slurm')}") from None
 
 
 def job_shape(settings: Settings, *, nodes: int, processes: int | None, device: str) -> Shape:
