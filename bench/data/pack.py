@@ -30,12 +30,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
 from PIL import features
 from pydantic import BaseModel, ConfigDict, ValidationError
+from webdataset import TarWriter
 
 from bench import __version__
 from bench.data.atomic import PARTIAL_SUFFIX, atomic_file, fsync_folder, write_bytes_atomic, write_json_atomic
@@ -492,12 +493,12 @@ def _work(job: _Job) -> _Record:
 
 def _make_shard(dataset: Dataset, landmarker: Landmarker | None, job: _Job) -> _Record:
     bad: list[BadPicture] = []
-    members: list[Member] = []
+    written: list[tuple[str, int, int]] = []  # key, label, crc32
     pictures: list[str] = []
     without_landmarks = 0
     with atomic_file(job.out / job.shard_name) as file:
-        # USTAR: every member is one header block and its data, so offsets are known while writing.
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        # A fixed header but for name and size. An integer mtime: a float would add a block of its own before every member.
+        with TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
             for position, item, sample in _samples(dataset, landmarker, job):
                 if isinstance(sample, BadPictureError):
                     bad.append(BadPicture(split=job.split, source=item.source, reason=str(sample)))
@@ -506,26 +507,18 @@ def _make_shard(dataset: Dataset, landmarker: Landmarker | None, job: _Job) -> _
                 without_landmarks += note["landmarks"] is None
                 key = f"{position:08d}"
                 parts = {"jpg": jpg, "cls": str(item.label).encode(), "json": _canonical(note)}
-                offsets = {suffix: _add(tar, file, f"{key}.{suffix}", data) for suffix, data in parts.items()}
-                members.append(
-                    Member(
-                        key=key,
-                        label=item.label,
-                        jpg_offset=offsets["jpg"],
-                        jpg_bytes=len(parts["jpg"]),
-                        cls_offset=offsets["cls"],
-                        cls_bytes=len(parts["cls"]),
-                        json_offset=offsets["json"],
-                        json_bytes=len(parts["json"]),
-                        crc32=functools.reduce(lambda crc, data: zlib.crc32(data, crc), parts.values(), 0),
-                    )
-                )
+                for suffix, data in parts.items():  # one by one: a sample given whole is written in the order of its suffixes
+                    tar.write({"__key__": key, suffix: data})
+                crc32 = functools.reduce(lambda crc, data: zlib.crc32(data, crc), parts.values(), 0)
+                written.append((key, item.label, crc32))
                 pictures.append(hashlib.blake2b(jpg, digest_size=16).hexdigest())
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
+        members = _members(file, written)
+        file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     record = _Record(
-        shard=Shard(name=job.shard_name, samples=len(members), bytes=size, sha256=sha256, members=tuple(members)),
+        shard=Shard(name=job.shard_name, samples=len(members), bytes=size, sha256=sha256, members=members),
         bad=tuple(bad),
         without_landmarks=without_landmarks,
         pictures=tuple(pictures),
@@ -592,13 +585,11 @@ def _sample(dataset: Dataset, item: Item, face: Face) -> tuple[bytes, dict[str, 
     return encode_jpeg(image, quality=dataset.options.quality), note
 
 
-def _add(tar: tarfile.TarFile, file: io.BufferedRandom, name: str, data: bytes) -> int:
-    """Append a member whose header holds nothing but its name and size; the offset of its data."""
-    info = tarfile.TarInfo(name)  # mtime, uid and gid are 0, the mode is 0644
-    info.size = len(data)
-    offset = file.tell() + tarfile.BLOCKSIZE
-    tar.addfile(info, io.BytesIO(data))
-    return offset
+def _members(file: BinaryIO, written: Sequence[tuple[str, int, int]]) -> tuple[Member, ...]:
+    """The index's entries of a shard's samples, given as (key, label, crc32): offsets are read from the tar headers."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        at = {info.name: (info.offset_data, info.size) for info in tar}
+    return tuple(Member(key, label, *at[f"{key}.jpg"], *at[f"{key}.cls"], *at[f"{key}.json"], crc32=crc32) for key, label, crc32 in written)
 
 
 def _index(

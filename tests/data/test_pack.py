@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image
 
 from bench.data import pack
@@ -453,3 +454,17 @@ def test_non_ascii_names_arrive_as_they_are(raw, tmp_path):
     index = make(raw, tmp_path / "out")
     stored = b"".join((tmp_path / "out" / shard.name).read_bytes() for shard in index.splits["test"].shards)
     assert "Zoë Müller.png".encode() in stored
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_plain_webdataset_reads_every_sample_once_with_the_content_of_the_index(raw, tmp_path, split):
+    shards = make(raw, tmp_path / "out").splits[split].shards
+    for shard in shards:
+        data = (tmp_path / "out" / shard.name).read_bytes()
+        samples = list(webdataset.WebDataset(str(tmp_path / "out" / shard.name), shardshuffle=False))
+        assert [sample["__key__"] for sample in samples] == [member.key for member in shard.members]
+        for sample, member in zip(samples, shard.members, strict=True):
+            assert sample["jpg"] == data[member.jpg_offset : member.jpg_offset + member.jpg_bytes]
+            assert int(sample["cls"]) == member.label
+            assert sample["json"] == data[member.json_offset : member.json_offset + member.json_bytes]
+            assert json.loads(sample["json"])["source"].startswith(f"{'test' if split == 'test' else 'train'}/")
