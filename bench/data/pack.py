@@ -36,7 +36,6 @@ import numpy as np
 import PIL
 from PIL import features
 from pydantic import BaseModel, ConfigDict, ValidationError
-from webdataset import TarWriter
 
 from bench import __version__
 from bench.data.atomic import PARTIAL_SUFFIX, atomic_file, fsync_folder, write_bytes_atomic, write_json_atomic
@@ -492,6 +491,8 @@ def _work(job: _Job) -> _Record:
 
 
 def _make_shard(dataset: Dataset, landmarker: Landmarker | None, job: _Job) -> _Record:
+    from webdataset import TarWriter  # here, because it loads torch: seconds, and commands that prepare nothing import this module too
+
     bad: list[BadPicture] = []
     written: list[tuple[str, int, int]] = []  # key, label, crc32
     pictures: list[str] = []
