@@ -1,7 +1,8 @@
 """``bench data prepare``: a dataset's pictures into WebDataset shards and the index that describes them to the byte.
 
 The pictures of a split, in the dataset's order, are cut into chunks of `SHARD_ITEMS`; a chunk is one shard and is made by one worker, so
-bytes do not depend on how many workers there are. The key of a sample is its position in the split; a bad picture leaves a gap.
+bytes do not depend on how many workers there are. The key of a sample is its position in the split and the
+beginning of a hash of its picture, so that the hash of the keys tells two datasets of one size apart; a bad picture leaves a gap.
 
 Commit order: shard (partial -> fsync -> rename), then its record in the journal, ..., then ``report.json``, then ``index.json``, then the
 journal goes. A run that is killed anywhere leaves no index, and the next one keeps every shard whose record and bytes agree.
@@ -52,7 +53,8 @@ LANDMARK_GROUP = 32
 """Pictures that a landmark network is given together, at most."""
 GROUP_PIXELS = 64_000_000
 """Pixels of these pictures, at which a group is full: large photographs are taken fewer at a time."""
-PACKER = "bench.data.pack 2"
+PACKER = "bench.data.pack 3"
+"""Version 2 made keys of the position alone; its datasets are read as before."""
 JOURNAL_NAME = ".prepare"
 _PLAN_NAME = "plan.json"
 _OWN_FILE = re.compile(
@@ -506,13 +508,14 @@ def _make_shard(dataset: Dataset, landmarker: Landmarker | None, job: _Job) -> _
                     continue
                 jpg, note = sample
                 without_landmarks += note["landmarks"] is None
-                key = f"{position:08d}"
+                digest = hashlib.blake2b(jpg, digest_size=16).hexdigest()
+                key = _key(position, digest)
                 parts = {"jpg": jpg, "cls": str(item.label).encode(), "json": _canonical(note)}
                 for suffix, data in parts.items():  # one by one: a sample given whole is written in the order of its suffixes
                     tar.write({"__key__": key, suffix: data})
                 crc32 = functools.reduce(lambda crc, data: zlib.crc32(data, crc), parts.values(), 0)
                 written.append((key, item.label, crc32))
-                pictures.append(hashlib.blake2b(jpg, digest_size=16).hexdigest())
+                pictures.append(digest)
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         members = _members(file, written)
@@ -593,6 +596,15 @@ def _members(file: BinaryIO, written: Sequence[tuple[str, int, int]]) -> tuple[M
     return tuple(Member(key, label, *at[f"{key}.jpg"], *at[f"{key}.cls"], *at[f"{key}.json"], crc32=crc32) for key, label, crc32 in written)
 
 
+def _key(position: int, digest: str) -> str:
+    return f"{position:08d}-{digest[:8]}"
+
+
+def position_of(key: str) -> int:
+    """The position, in its split as the dataset lists it, of the sample with this key."""
+    return int(key.partition("-")[0])
+
+
 def _index(
     plan: Mapping[str, Any],
     splits: Mapping[str, Sequence[Item]],
@@ -654,7 +666,7 @@ def _index(
 
 def _with_people(shard: Shard, items: Sequence[Item], numbers: Mapping[str, int]) -> Shard:
     """The shard's entry with the number of the person in each picture."""
-    identities = (items[int(member.key)].identity for member in shard.members)
+    identities = (items[position_of(member.key)].identity for member in shard.members)
     members = tuple(
         member if identity is None else member._replace(person=numbers[identity])
         for member, identity in zip(shard.members, identities, strict=True)
@@ -667,7 +679,7 @@ def _overlaps(splits: Mapping[str, Sequence[Item]], by_split: Mapping[str, Seque
     people = {split: {item.identity for item in items if item.identity is not None} for split, items in splits.items()}
     sources = {
         split: {
-            digest: splits[split][int(member.key)].source
+            digest: splits[split][position_of(member.key)].source
             for record in group
             for member, digest in zip(record.shard.members, record.pictures, strict=True)
         }
