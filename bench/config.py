@@ -226,7 +226,6 @@ class EvaluationConfig(_Section):
 class LoaderConfig(_Section):
     """How shards are read. Nothing here can change a result."""
 
-    kind: Literal["indexed", "stream"] = "indexed"
     workers: Annotated[int, Field(ge=0)] = 2
     cache_gib: Annotated[float, Field(ge=0)] = 2.0
     """A split whose decoded pictures fit is decoded once and kept in memory."""

@@ -1,4 +1,4 @@
-"""Pictures per second of the readers beside a plain webdataset pipeline, side by side in one run on one core.
+"""Pictures per second of the reader beside a plain webdataset pipeline, side by side in one run on one core.
 
     python benchmarks/readers.py                        # synthetic faces of 96 and 224 pixels, made on the spot
     python benchmarks/readers.py --folder data/raf_db   # a prepared dataset
@@ -29,8 +29,6 @@ from bench.data.readers import open_reader
 
 def ways(folder: Path, split: str, batch_size: int) -> dict[str, Callable[[int], Iterator[Any]]]:
     """Name of a way to read -> a function that starts pass number ``epoch``."""
-    # It must be resolved: an address has no current directory.
-    address = folder.resolve().as_uri()
 
     def train(**options: Any) -> Callable[[int], Iterator[Any]]:
         reader = open_reader(folder, split, **options)
@@ -48,8 +46,6 @@ def ways(folder: Path, split: str, batch_size: int) -> dict[str, Callable[[int],
         "indexed, cached, first pass": first_pass,
         "indexed, cached": train(cache_bytes=1 << 40),
         "indexed, not cached": train(cache_bytes=0),
-        "stream, folder": train(kind="stream"),
-        "stream, address (hashed)": train(kind="stream", base_url=address),
         "plain webdataset": plain,
     }
 

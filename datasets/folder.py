@@ -14,12 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import Field, field_validator
 
 from bench.data.landmark_table import LandmarkTable
-from bench.data.pictures import decode_picture, orient_landmarks
+from bench.data.pictures import decode_picture, landmarks_touch, orient_landmarks
 from bench.data.splits import cut_val, hash_sources, mixed
 from bench.dataset import DATASETS, EXPRESSIONS, SPLITS, BadPictureError, Dataset, Face, Item
 
@@ -116,10 +114,9 @@ class Folder(Dataset):
         if landmarks is not None and self.options.landmark_frame == "stored":
             height, width = image.shape[:2]
             landmarks = orient_landmarks(landmarks, orientation=orientation, width=width, height=height)
-        if landmarks is not None and not _near(landmarks, image):
-            raise BadPictureError(
-                f"all landmarks lie outside the {image.shape[1]} x {image.shape[0]} picture; are they in pixels of this very file?"
-            )
+        height, width = image.shape[:2]
+        if landmarks is not None and not landmarks_touch(landmarks, width=width, height=height):
+            raise BadPictureError(f"all landmarks lie outside the {width} x {height} picture; are they in pixels of this very file?")
         return Face(image=image, landmarks=landmarks)
 
     def provenance(self) -> Mapping[str, Any]:
@@ -222,10 +219,3 @@ class Folder(Dataset):
 
 def _folders(parent: Path) -> list[Path]:
     return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _near(landmarks: npt.NDArray[np.float64], image: npt.NDArray[np.uint8]) -> bool:
-    """Whether any landmark lies inside the picture."""
-    height, width = image.shape[:2]
-    x, y = landmarks[:, 0], landmarks[:, 1]
-    return bool(((x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)).any())

@@ -41,7 +41,7 @@ class RawBatch:
 
 
 class Reader(Protocol):
-    """One split of a prepared dataset. Indexed and streaming readers behave alike."""
+    """One split of a prepared dataset."""
 
     classes: tuple[str, ...]
     keys: Sequence[str]

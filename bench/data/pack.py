@@ -1,7 +1,8 @@
 """``bench data prepare``: a dataset's pictures into WebDataset shards and the index that describes them to the byte.
 
 The pictures of a split, in the dataset's order, are cut into chunks of `SHARD_ITEMS`; a chunk is one shard and is made by one worker, so
-bytes do not depend on how many workers there are. The key of a sample is its position in the split; a bad picture leaves a gap.
+bytes do not depend on how many workers there are. The key of a sample is its position in the split and the
+beginning of a hash of its picture, so that the hash of the keys tells two datasets of one size apart; a bad picture leaves a gap.
 
 Commit order: shard (partial -> fsync -> rename), then its record in the journal, ..., then ``report.json``, then ``index.json``, then the
 journal goes. A run that is killed anywhere leaves no index, and the next one keeps every shard whose record and bytes agree.
@@ -30,7 +31,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
@@ -52,7 +53,8 @@ LANDMARK_GROUP = 32
 """Pictures that a landmark network is given together, at most."""
 GROUP_PIXELS = 64_000_000
 """Pixels of these pictures, at which a group is full: large photographs are taken fewer at a time."""
-PACKER = "bench.data.pack 2"
+PACKER = "bench.data.pack 3"
+"""Version 2 made keys of the position alone; its datasets are read as before."""
 JOURNAL_NAME = ".prepare"
 _PLAN_NAME = "plan.json"
 _OWN_FILE = re.compile(
@@ -491,41 +493,36 @@ def _work(job: _Job) -> _Record:
 
 
 def _make_shard(dataset: Dataset, landmarker: Landmarker | None, job: _Job) -> _Record:
+    from webdataset import TarWriter  # here, because it loads torch: seconds, and commands that prepare nothing import this module too
+
     bad: list[BadPicture] = []
-    members: list[Member] = []
+    written: list[tuple[str, int, int]] = []  # key, label, crc32
     pictures: list[str] = []
     without_landmarks = 0
     with atomic_file(job.out / job.shard_name) as file:
-        # USTAR: every member is one header block and its data, so offsets are known while writing.
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        # A fixed header but for name and size. An integer mtime: a float would add a block of its own before every member.
+        with TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
             for position, item, sample in _samples(dataset, landmarker, job):
                 if isinstance(sample, BadPictureError):
                     bad.append(BadPicture(split=job.split, source=item.source, reason=str(sample)))
                     continue
                 jpg, note = sample
                 without_landmarks += note["landmarks"] is None
-                key = f"{position:08d}"
+                digest = hashlib.blake2b(jpg, digest_size=16).hexdigest()
+                key = _key(position, digest)
                 parts = {"jpg": jpg, "cls": str(item.label).encode(), "json": _canonical(note)}
-                offsets = {suffix: _add(tar, file, f"{key}.{suffix}", data) for suffix, data in parts.items()}
-                members.append(
-                    Member(
-                        key=key,
-                        label=item.label,
-                        jpg_offset=offsets["jpg"],
-                        jpg_bytes=len(parts["jpg"]),
-                        cls_offset=offsets["cls"],
-                        cls_bytes=len(parts["cls"]),
-                        json_offset=offsets["json"],
-                        json_bytes=len(parts["json"]),
-                        crc32=functools.reduce(lambda crc, data: zlib.crc32(data, crc), parts.values(), 0),
-                    )
-                )
-                pictures.append(hashlib.blake2b(jpg, digest_size=16).hexdigest())
+                for suffix, data in parts.items():  # one by one: a sample given whole is written in the order of its suffixes
+                    tar.write({"__key__": key, suffix: data})
+                crc32 = functools.reduce(lambda crc, data: zlib.crc32(data, crc), parts.values(), 0)
+                written.append((key, item.label, crc32))
+                pictures.append(digest)
         size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        members = _members(file, written)
         file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     record = _Record(
-        shard=Shard(name=job.shard_name, samples=len(members), bytes=size, sha256=sha256, members=tuple(members)),
+        shard=Shard(name=job.shard_name, samples=len(members), bytes=size, sha256=sha256, members=members),
         bad=tuple(bad),
         without_landmarks=without_landmarks,
         pictures=tuple(pictures),
@@ -592,13 +589,20 @@ def _sample(dataset: Dataset, item: Item, face: Face) -> tuple[bytes, dict[str, 
     return encode_jpeg(image, quality=dataset.options.quality), note
 
 
-def _add(tar: tarfile.TarFile, file: io.BufferedRandom, name: str, data: bytes) -> int:
-    """Append a member whose header holds nothing but its name and size; the offset of its data."""
-    info = tarfile.TarInfo(name)  # mtime, uid and gid are 0, the mode is 0644
-    info.size = len(data)
-    offset = file.tell() + tarfile.BLOCKSIZE
-    tar.addfile(info, io.BytesIO(data))
-    return offset
+def _members(file: BinaryIO, written: Sequence[tuple[str, int, int]]) -> tuple[Member, ...]:
+    """The index's entries of a shard's samples, given as (key, label, crc32): offsets are read from the tar headers."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        at = {info.name: (info.offset_data, info.size) for info in tar}
+    return tuple(Member(key, label, *at[f"{key}.jpg"], *at[f"{key}.cls"], *at[f"{key}.json"], crc32=crc32) for key, label, crc32 in written)
+
+
+def _key(position: int, digest: str) -> str:
+    return f"{position:08d}-{digest[:8]}"
+
+
+def position_of(key: str) -> int:
+    """The position, in its split as the dataset lists it, of the sample with this key."""
+    return int(key.partition("-")[0])
 
 
 def _index(
@@ -662,7 +666,7 @@ def _index(
 
 def _with_people(shard: Shard, items: Sequence[Item], numbers: Mapping[str, int]) -> Shard:
     """The shard's entry with the number of the person in each picture."""
-    identities = (items[int(member.key)].identity for member in shard.members)
+    identities = (items[position_of(member.key)].identity for member in shard.members)
     members = tuple(
         member if identity is None else member._replace(person=numbers[identity])
         for member, identity in zip(shard.members, identities, strict=True)
@@ -675,7 +679,7 @@ def _overlaps(splits: Mapping[str, Sequence[Item]], by_split: Mapping[str, Seque
     people = {split: {item.identity for item in items if item.identity is not None} for split, items in splits.items()}
     sources = {
         split: {
-            digest: splits[split][int(member.key)].source
+            digest: splits[split][position_of(member.key)].source
             for record in group
             for member, digest in zip(record.shard.members, record.pictures, strict=True)
         }

@@ -100,6 +100,12 @@ def orient_landmarks(landmarks: npt.NDArray[np.float64], *, orientation: int, wi
     return np.stack(turned[orientation], axis=1)
 
 
+def landmarks_touch(landmarks: npt.NDArray[np.float64], *, width: int, height: int) -> bool:
+    """Whether any of (N, 2) landmarks lies inside a picture of this size in pixels."""
+    x, y = landmarks[:, 0], landmarks[:, 1]
+    return bool(((x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)).any())
+
+
 def letterbox(
     image: npt.NDArray[np.uint8], landmarks: npt.NDArray[np.float64] | None, *, size: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64] | None]:

@@ -1,38 +1,20 @@
 """Who reads which sample when: pure functions of (seed, epoch, world size, workers), without any I/O.
 
-Two plans. The *indexed* one has random access, so the order of an epoch is one permutation of the split and every world
-size sees the same global batches. The *stream* one reads tar files front to back, so it permutes shards and cuts the
-virtual sequence of their samples into equal ranges. In both, every sample occurs at most once per epoch (exactly once
-but for the recorded remainder) and every rank takes the same number of steps.
+The order of an epoch is one permutation of the split, so every world size sees the same global batches. Every sample
+occurs at most once per epoch (exactly once but for the last, incomplete batch) and every rank takes the same number of
+steps.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Positions = npt.NDArray[np.int64]
 Balance = Literal["none", "class"]
-
-
-class Piece(NamedTuple):
-    """Samples ``start`` to ``stop`` (exclusive), counted inside shard number ``shard``."""
-
-    shard: int
-    start: int
-    stop: int
-
-
-class Chunk(NamedTuple):
-    """What one worker hands over at once: ``length`` samples of its range, the first one at ``at`` of the rank's sequence."""
-
-    worker: int
-    at: int
-    length: int
 
 
 def derive_seed(seed: int, purpose: str, *parts: int) -> int:
@@ -96,11 +78,6 @@ def steps_of(*, samples: int, batch_size: int) -> int:
     return samples // batch_size
 
 
-def remainder(*, samples: int, batch_size: int) -> int:
-    """Samples an epoch leaves out because they do not fill a global batch: N % B. Other ones in every epoch."""
-    return samples - steps_of(samples=samples, batch_size=batch_size) * batch_size
-
-
 def local_batch_size(*, batch_size: int, world_size: int) -> int:
     """This rank's part of a global batch, B / world size.
 
@@ -130,7 +107,7 @@ def train_positions(
     balance: Balance = "none",
     labels: npt.NDArray[np.int64] | None = None,
 ) -> Positions:
-    """This rank's positions at every step of an epoch, indexed plan.
+    """This rank's positions at every step of an epoch.
 
     Global batch t is ``order[t * B : (t + 1) * B]`` and rank r takes its r-th equal slice, so that the global batches do
     not depend on the world size, and an epoch continues anywhere without its past.
@@ -170,68 +147,6 @@ def eval_range(*, rank: int, world_size: int, samples: int) -> range:
     """
     _check_rank(rank=rank, world_size=world_size)
     return range(rank * samples // world_size, (rank + 1) * samples // world_size)
-
-
-def shard_order(*, seed: int, epoch: int, shards: int) -> Positions:
-    """Order in which an epoch of the stream plan goes through the shards: the same on all ranks."""
-    return _shuffled(np.arange(shards, dtype=np.int64), derive_seed(seed, "shards", epoch))
-
-
-def stream_ranges(shard_sizes: Sequence[int], *, order: Sequence[int], parts: int) -> list[list[Piece]]:
-    """Cut the samples of all shards, read one after the other in ``order``, into ``parts`` contiguous ranges.
-
-    Part i is samples ``i * N // parts`` to ``(i + 1) * N // parts`` of that sequence, so sizes differ by at most one and
-    W neighbouring parts together are exactly one of ``parts / W`` parts. Empty pieces are left out; a part may be empty.
-    """
-    total = sum(shard_sizes)
-    cuts = [part * total // parts for part in range(parts + 1)]
-    ranges: list[list[Piece]] = [[] for _ in range(parts)]
-    begin, part = 0, 0
-    for shard in order:
-        end = begin + shard_sizes[shard]
-        while part < parts and cuts[part] < end:
-            start, stop = max(begin, cuts[part]), min(end, cuts[part + 1])
-            if start < stop:
-                ranges[part].append(Piece(int(shard), start - begin, stop - begin))
-            if cuts[part + 1] > end:
-                break
-            part += 1
-        begin = end
-    return ranges
-
-
-def rank_ranges(shard_sizes: Sequence[int], *, order: Sequence[int], rank: int, world_size: int, workers: int) -> list[list[Piece]]:
-    """The ranges of this rank's workers in the stream plan, one list of pieces per worker (``workers`` 0 counts as 1).
-
-    Raises:
-        ValueError: no such rank.
-    """
-    _check_rank(rank=rank, world_size=world_size)
-    each = max(1, workers)
-    return stream_ranges(shard_sizes, order=order, parts=world_size * each)[rank * each : (rank + 1) * each]
-
-
-def interleave(sizes: Sequence[int], *, chunk_size: int, total: int | None = None) -> list[Chunk]:
-    """The order in which a rank receives its workers' samples: in turns, ``chunk_size`` at a time.
-
-    This is the order of torch's ``DataLoader`` over an ``IterableDataset``: a worker that has no more is passed over.
-
-    Args:
-        sizes: samples of each worker.
-        chunk_size: samples a worker hands over at once; its last chunk may be shorter.
-        total: take only so many samples; all if None.
-    """
-    chunks: list[Chunk] = []
-    at, limit = 0, sum(sizes) if total is None else total
-    assert limit <= sum(sizes), (limit, sizes)
-    for start in range(0, max(sizes, default=0), chunk_size):
-        for worker, size in enumerate(sizes):
-            length = min(chunk_size, size - start, limit - at)
-            if length > 0:
-                chunks.append(Chunk(worker, at, length))
-                at += length
-    assert at == limit, (at, limit)
-    return chunks
 
 
 def _shuffled(values: npt.NDArray[np.int64], key: int) -> npt.NDArray[np.int64]:

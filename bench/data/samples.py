@@ -1,4 +1,4 @@
-"""What the index says about one split, and how one stored sample is decoded: common to both readers."""
+"""What the index says about one split, and how one stored sample is decoded."""
 
 from __future__ import annotations
 
@@ -62,16 +62,6 @@ class SplitSamples:
         """(N,) int64, `key_hash` of the keys."""
         return torch.tensor([key_hash(key) for key in self.keys], dtype=torch.int64)
 
-    @functools.cached_property
-    def shard_sizes(self) -> tuple[int, ...]:
-        """Samples of every shard."""
-        return tuple(shard.samples for shard in self.shards)
-
-    @functools.cached_property
-    def starts(self) -> tuple[int, ...]:
-        """Position of the first sample of every shard."""
-        return tuple(np.cumsum((0, *self.shard_sizes))[:-1].tolist())
-
     def shard_of(self, position: int) -> int:
         """Number of the shard that holds a sample."""
         # The last shard that starts there: one without samples starts where the next one does.
@@ -79,7 +69,8 @@ class SplitSamples:
 
     @functools.cached_property
     def _starts(self) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-        return np.asarray(self.starts, dtype=np.int64)
+        """(shards,) position of the first sample of every shard."""
+        return np.cumsum([0, *(shard.samples for shard in self.shards)], dtype=np.int64)[:-1]
 
     def damaged(self, shard: Shard, what: str, *, key: str | None = None) -> ValueError:
         """The error for a shard that is not what the index says."""
@@ -109,17 +100,16 @@ class SplitSamples:
                 raise self.damaged(shard, f"has {size} bytes where the index says {shard.bytes}", key=lost)
             if hashes:
                 with path.open("rb") as file:
-                    self.check_hash(shard, hashlib.file_digest(file, "sha256").hexdigest())
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                if sha256 != shard.sha256:
+                    raise self.damaged(
+                        shard, f"its sha256 is {sha256[:16]}... where the index says {shard.sha256[:16]}...: its content has changed"
+                    )
 
     def check_crc(self, shard: Shard, member: Member, parts: Sequence[bytes]) -> None:
         """Raise ValueError unless the jpg, cls and json data of a sample are those of the index; indexes of old have no checksum."""
         if member.crc32 is not None and functools.reduce(_crc32, parts, 0) != member.crc32:
             raise self.damaged(shard, "its content is not that of the index (crc32 differs)", key=member.key)
-
-    def check_hash(self, shard: Shard, found: str) -> None:
-        """Raise ValueError unless the sha256 found is the one in the index."""
-        if found != shard.sha256:
-            raise self.damaged(shard, f"its sha256 is {found[:16]}... where the index says {shard.sha256[:16]}...: its content has changed")
 
     def decode(self, shard: Shard, member: Member, *, jpg: bytes, cls: bytes, annotation: bytes) -> tuple[Tensor, Tensor]:
         """Decode one sample and compare it with the index.
@@ -199,18 +189,17 @@ def _crc32(so_far: int, data: bytes) -> int:
     return zlib.crc32(data, so_far)
 
 
-def iterate(dataset: Dataset[Any], *, workers: int, batches: Sequence[Any] | None = None) -> Iterator[Any]:
+def iterate(dataset: Dataset[Any], *, workers: int, batches: Sequence[Any]) -> Iterator[Any]:
     """What torch's DataLoader makes of a dataset that yields finished batches; pinned where there is CUDA.
 
     Args:
-        dataset: iterable, or map-style with ``__getitems__``.
+        dataset: has ``__getitems__``.
         workers: processes; they end with the pass. 0 stays in this one.
-        batches: what to ask a map-style dataset for, batch by batch.
+        batches: what to ask the dataset for, batch by batch.
     """
     loader = iter(
         DataLoader(
             dataset,
-            batch_size=1 if batches is not None else None,
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=_as_is,

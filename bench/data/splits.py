@@ -82,7 +82,7 @@ def cut_val(train: Sequence[Item], *, fraction: float, salt: str) -> tuple[list[
 
 
 def mixed(items: Iterable[Item]) -> list[Item]:
-    """Items in the order of the sha256 of their source: classes are mixed, as readers that stream shards shuffle among neighbours only."""
+    """Items in the order of the sha256 of their source: classes are mixed in every shard."""
     return sorted(items, key=lambda item: hashlib.sha256(item.source.encode()).digest())
 
 

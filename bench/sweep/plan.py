@@ -50,11 +50,6 @@ def make_plan(settings: Settings, *, world_size: int = 1, only: Sequence[str] = 
     sources, matrix = read_matrix(settings)
     for source in sources.values():
         check_splits(source, needed=("train", "test") if config.run.protocol == "test-selected" else ("train", "val", "test"))
-    if config.loader.kind == "stream" and config.train.balance != "none":
-        raise ConfigError(
-            f"train.balance = {config.train.balance!r} (from {settings.origin('train.balance')}) needs loader.kind = 'indexed', "
-            f"not 'stream' (from {settings.origin('loader.kind')})"
-        )
     matrix = only_trainings(matrix, only) if only else matrix
     check_buildable(matrix)
     check_engine((planned.training for planned in matrix.trainings), config.train)

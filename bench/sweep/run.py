@@ -524,7 +524,6 @@ class _Readers:
             self._open[split] = open_reader(
                 self.source(training).folder,
                 split,
-                kind=loader.kind,
                 workers=loader.workers,
                 cache_bytes=int(loader.cache_gib * 2**30),
                 verify=loader.verify and self._engine.rank == 0,

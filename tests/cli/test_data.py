@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -125,7 +126,7 @@ def test_verify_names_the_damage_and_fails(root):
     data[3] ^= 1
     shard.write_bytes(data)
     output = run("verify", "mine", "--root", root, status=1).output
-    assert "shard val-000000.tar, sample 00000000: the tar header" in output
+    assert re.search("shard val-000000.tar, sample 00000000-[0-9a-f]{8}: the tar header", output)
     assert "quick" not in output
     assert "names and sizes" in run("verify", "mine", "--root", root, "--quick").output
 
@@ -180,13 +181,12 @@ def test_importing_the_commands_is_light():
     assert json.loads(done.stdout) == []
 
 
-def test_preparing_needs_no_torch(raw, tmp_path):
+def test_verifying_and_importing_the_packer_need_no_torch(root):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom bench.data.pack import prepare\nfrom bench.data.verify import verify\n"
-        "prepare('folder', name='m', options={'size': 32}, raw=Path(sys.argv[1]), out=Path(sys.argv[2]), workers=1)\n"
-        "assert verify(Path(sys.argv[2])) == []\nassert 'torch' not in sys.modules\n"
+        "import sys\nfrom pathlib import Path\nimport bench.data.pack\nfrom bench.data.verify import verify\n"
+        "assert verify(Path(sys.argv[1])) == []\nassert 'torch' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-P", "-c", code, str(raw), str(tmp_path / "out")], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code, str(root / "mine")], check=True)
 
 
 def test_landmarks_of_prepare_are_the_option_of_that_name(raw, tmp_path):

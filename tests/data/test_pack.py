@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import webdataset
+from PIL import Image, ImageOps
 
 from bench.data import pack
 from bench.data.index import load_index
 from bench.data.pack import Progress, prepare, prepared_folder
+from bench.data.readers import open_reader
 from bench.data.verify import verify
 from bench.dataset import DATASETS
 from bench.registry import check_options
@@ -84,7 +87,7 @@ def test_offsets_point_at_the_data_of_the_members(raw, tmp_path):
     shard = index.splits["train"].shards[1]
     data = (tmp_path / "out" / shard.name).read_bytes()
     member = shard.members[1]
-    assert member.key == "00000005"
+    assert re.fullmatch("00000005-[0-9a-f]{8}", member.key)
     assert data[member.cls_offset : member.cls_offset + member.cls_bytes] == str(member.label).encode()
     with Image.open(io.BytesIO(data[member.jpg_offset : member.jpg_offset + member.jpg_bytes])) as picture:
         assert picture.size == (32, 32)
@@ -109,7 +112,8 @@ def test_tar_headers_tell_nothing_but_names_and_sizes(raw, tmp_path):
     make(raw, tmp_path / "out")
     with tarfile.open(tmp_path / "out" / "val-000000.tar") as tar:
         infos = tar.getmembers()
-    assert [info.name for info in infos[:3]] == ["00000000.jpg", "00000000.cls", "00000000.json"]
+    key = load_index(tmp_path / "out").splits["val"].members[0].key
+    assert [info.name for info in infos[:3]] == [f"{key}.jpg", f"{key}.cls", f"{key}.json"]
     assert {(i.mtime, i.uid, i.gid, i.uname, i.gname, i.mode) for i in infos} == {(0, 0, 0, "", "", 0o644)}
 
 
@@ -138,7 +142,7 @@ def test_bad_pictures_are_listed_with_their_reason_and_leave_a_gap(raw, tmp_path
     order = sorted(path.relative_to(raw).as_posix() for path in raw.glob("test/*/*"))
     order.sort(key=lambda source: hashlib.sha256(source.encode()).digest())
     left = [i for i, source in enumerate(order) if source not in ("test/happiness/00.png", "test/happiness/notes.txt")]
-    assert [int(member.key) for member in index.splits["test"].members] == left
+    assert [pack.position_of(member.key) for member in index.splits["test"].members] == left
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [bad["source"] for bad in report["bad_pictures"]] == ["test/happiness/00.png", "test/happiness/notes.txt"]
     assert verify(tmp_path / "out") == []
@@ -453,3 +457,45 @@ def test_non_ascii_names_arrive_as_they_are(raw, tmp_path):
     index = make(raw, tmp_path / "out")
     stored = b"".join((tmp_path / "out" / shard.name).read_bytes() for shard in index.splits["test"].shards)
     assert "Zoë Müller.png".encode() in stored
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_plain_webdataset_reads_every_sample_once_with_the_content_of_the_index(raw, tmp_path, split):
+    shards = make(raw, tmp_path / "out").splits[split].shards
+    for shard in shards:
+        data = (tmp_path / "out" / shard.name).read_bytes()
+        samples = list(webdataset.WebDataset(str(tmp_path / "out" / shard.name), shardshuffle=False))
+        assert [sample["__key__"] for sample in samples] == [member.key for member in shard.members]
+        for sample, member in zip(samples, shard.members, strict=True):
+            assert sample["jpg"] == data[member.jpg_offset : member.jpg_offset + member.jpg_bytes]
+            assert int(sample["cls"]) == member.label
+            assert sample["json"] == data[member.json_offset : member.json_offset + member.json_bytes]
+            assert json.loads(sample["json"])["source"].startswith(f"{'test' if split == 'test' else 'train'}/")
+
+
+def test_the_keys_of_other_pictures_are_others_in_every_split(raw, tmp_path):
+    first = make(raw, tmp_path / "first")
+    for path in raw.glob("*/*/*.png"):
+        with Image.open(path) as picture:
+            ImageOps.invert(picture.convert("RGB")).save(path)
+    second = make(raw, tmp_path / "second")
+    assert {name: split.samples for name, split in first.splits.items()} == {name: split.samples for name, split in second.splits.items()}
+    assert all(first.splits[name].keys_sha256 != second.splits[name].keys_sha256 for name in ("train", "val", "test"))
+
+
+def test_the_keys_of_the_same_pictures_are_the_same_with_any_number_of_workers(raw, tmp_path):
+    alone, together = (make(raw, tmp_path / str(workers), workers=workers) for workers in (1, 2))
+    assert {name: split.keys_sha256 for name, split in alone.splits.items()} == {
+        name: split.keys_sha256 for name, split in together.splits.items()
+    }
+
+
+def test_a_dataset_whose_keys_are_bare_positions_verifies_and_is_read(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "PACKER", "bench.data.pack 2")
+    monkeypatch.setattr(pack, "_key", lambda position, digest: f"{position:08d}")
+    index = make(raw, tmp_path / "out")
+    assert index.splits["val"].members[0].key == "00000000"
+    monkeypatch.undo()
+    assert verify(tmp_path / "out") == []
+    (batch,) = open_reader(tmp_path / "out", "train").train_steps(seed=0, epoch=0, rank=0, world_size=1, batch_size=8)
+    assert sorted(batch.positions.tolist()) == list(range(8))

@@ -19,6 +19,7 @@ from bench.data.pack import prepare
 from bench.data.verify import verify
 
 SHARD = "train-000000.tar"
+# What keys begin with: the rest comes from the picture.
 KEY = "00000003"
 LAST = "00000005"
 
@@ -50,7 +51,12 @@ def folder(prepared, tmp_path):
 
 
 def member_of(folder, key=KEY):
-    return next(m for m in load_index(folder).splits["train"].members if m.key == key)
+    return next(m for m in load_index(folder).splits["train"].members if begins(m) == key)
+
+
+def begins(found):
+    """The position in the key of a member or a problem."""
+    return found.key and found.key[:8]
 
 
 def change_index(folder, change):
@@ -77,7 +83,7 @@ def flip(folder, position, *, forge=False):
 
 
 def named(problems):
-    return {(p.shard, p.key) for p in problems}
+    return {(p.shard, begins(p)) for p in problems}
 
 
 def test_a_whole_dataset_has_no_problems(folder):
@@ -107,7 +113,7 @@ def test_a_cut_shard_is_found_and_the_first_lost_sample_named(folder, cut, deep)
 def test_missing_end_blocks_are_found_after_the_last_sample(folder):
     last = member_of(folder, LAST)
     os.truncate(folder / SHARD, last.json_offset + -(-last.json_bytes // 512) * 512)
-    assert any(p.key == LAST and "end the archive" in p.what for p in verify(folder))
+    assert any(begins(p) == LAST and "end the archive" in p.what for p in verify(folder))
 
 
 def test_a_missing_shard_is_found(folder):
@@ -132,8 +138,8 @@ def test_a_flipped_byte_is_found_in_its_sample(folder, place, forge):
     where, words = FLIPS[place]
     flip(folder, where(member_of(folder)), forge=forge)
     problems = verify(folder)
-    assert any(p.shard == SHARD and p.key == KEY and words in p.what for p in problems), problems
-    assert {p.key for p in problems} <= {KEY, None}
+    assert any(p.shard == SHARD and begins(p) == KEY and words in p.what for p in problems), problems
+    assert {begins(p) for p in problems} <= {KEY, None}
     assert forge or any("sha256" in p.what for p in problems)
 
 
@@ -144,7 +150,7 @@ def test_no_flipped_byte_goes_unnoticed(prepared, folder, share):
     (folder / SHARD).write_bytes(whole)
     position = int(share * len(whole))
     members = load_index(folder).splits["train"].members
-    owner = [m.key for m in members if m.jpg_offset - 512 <= position][-1]
+    owner = [begins(m) for m in members if m.jpg_offset - 512 <= position][-1]
     flip(folder, position)
     assert (SHARD, owner) in named(verify(folder))
 
@@ -271,7 +277,7 @@ def test_progress_counts_samples(folder):
 
 def test_a_problem_says_where_it_is(folder):
     flip(folder, member_of(folder).cls_offset)
-    assert any(str(p).startswith(f"shard {SHARD}, sample {KEY}: ") for p in verify(folder))
+    assert any(str(p).startswith(f"shard {SHARD}, sample {member_of(folder).key}: ") for p in verify(folder))
 
 
 def test_the_shards_are_those_of_the_packer_version(prepared):
