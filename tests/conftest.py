@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 import torch
 
@@ -20,10 +21,21 @@ from bench.sweep.run import Outcome, run_plan
 from bench.training.engine import Engine
 from bench.training.observer import LogObserver
 
+# A busy machine is no error of a test: nothing depends on how long an example takes. What fails in CI fails again there.
+hypothesis.settings.register_profile(
+    "bench",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    max_examples=50,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("bench")
+
 
 @pytest.fixture(autouse=True, scope="session")
-def _few_threads() -> None:
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+def _one_thread() -> None:
+    """The workers share the cores: more threads than cores only wait for one another."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
