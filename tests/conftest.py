@@ -56,7 +56,7 @@ def run_python() -> Callable[..., str]:
             text=True,
             cwd=cwd or Path("/"),
             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-            timeout=240,
+            timeout=500,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
@@ -70,7 +70,7 @@ def run_bench() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command line in a fresh process; the result is not checked."""
 
     def run(
-        *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 280
+        *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 500
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-P", "-m", "bench", *map(str, arguments)],
@@ -95,7 +95,7 @@ class Finished(NamedTuple):
 
 @pytest.fixture
 def bench_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
-    """Run the command line in this process, which saves the seconds of a start; for commands that start no training."""
+    """Run the command line in this process, which saves the seconds of a start; not for commands that register a plugin."""
 
     def run(*arguments: object, cwd: Path) -> Finished:
         monkeypatch.chdir(cwd)
