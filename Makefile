@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# Tests at a time, each in a process with one thread: as many as there are cores to spare.
+WORKERS ?= 2
 
 .PHONY: demo leaderboard test test-marked lint types check clean
 
@@ -24,12 +26,14 @@ leaderboard: $(READY)
 	$(BIN)/bench leaderboard --results results --format md --columns all --out results/LEADERBOARD.md
 	$(BIN)/bench verify results --data data
 
+test test-marked: export OMP_NUM_THREADS = 1
+
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 # The tests that start several processes, and the long ones.
 test-marked: $(READY)
-	$(BIN)/pytest -m 'slow or dist'
+	$(BIN)/pytest -n $(WORKERS) --dist loadscope -m 'slow or dist'
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 import torch
 
@@ -20,10 +22,27 @@ from bench.sweep.run import Outcome, run_plan
 from bench.training.engine import Engine
 from bench.training.observer import LogObserver
 
+# A busy machine is no error of a test: nothing depends on how long an example takes. What fails in CI fails again there.
+hypothesis.settings.register_profile(
+    "bench",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    max_examples=50,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("bench")
+
+
+def pytest_collection_finish() -> None:
+    """Each training collects garbage, a second's work among all that the tests have imported: take that out of sight."""
+    gc.collect()
+    gc.freeze()
+
 
 @pytest.fixture(autouse=True, scope="session")
-def _few_threads() -> None:
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+def _one_thread() -> None:
+    """The workers share the cores: more threads than cores only wait for one another."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +63,7 @@ def run_python() -> Callable[..., str]:
             text=True,
             cwd=cwd or Path("/"),
             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-            timeout=240,
+            timeout=500,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
@@ -58,7 +77,7 @@ def run_bench() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command line in a fresh process; the result is not checked."""
 
     def run(
-        *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 280
+        *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 500
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-P", "-m", "bench", *map(str, arguments)],
@@ -83,7 +102,7 @@ class Finished(NamedTuple):
 
 @pytest.fixture
 def bench_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
-    """Run the command line in this process, which saves the seconds of a start; for commands that start no training."""
+    """Run the command line in this process, which saves the seconds of a start; not for commands that register a plugin."""
 
     def run(*arguments: object, cwd: Path) -> Finished:
         monkeypatch.chdir(cwd)

@@ -62,9 +62,9 @@ def test_a_wheel_works_away_from_the_tree(tmp_path, project, run_bench):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source], check=True, timeout=200)
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source], check=True, timeout=500)
     (wheel,) = tmp_path.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True, timeout=200)
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True, timeout=500)
     shutil.rmtree(source)
     env = {"PYTHONPATH": str(tmp_path / "site")}
     done = run_bench("run", "--guidance", "au", "--seeds", "0", cwd=project, env=env)

@@ -29,7 +29,7 @@ def install(source: Path, target: Path) -> None:
             source,
         ],
         check=True,
-        timeout=240,
+        timeout=500,
     )
 
 

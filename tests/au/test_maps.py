@@ -93,7 +93,7 @@ def test_neutral_and_foreign_classes_have_no_map(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", [7, GRID, 56, 224])
 @given(seed=SEEDS, noise=st.sampled_from([0.0, 2.0, 60.0]))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_maps_lie_between_zero_and_one(variant, size, seed, noise):
     own = action_unit_maps(faces(6, seed=seed, noise=noise), SOME, frame=224, size=size, variant=variant)
     assert own.maps.shape == (6, size, size)
@@ -105,7 +105,7 @@ def test_maps_lie_between_zero_and_one(variant, size, seed, noise):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", [GRID, 224])
 @given(seed=SEEDS)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_the_map_of_a_sample_does_not_depend_on_the_others(variant, size, seed):
     landmarks, ids = faces(70, seed=seed, noise=10), torch.arange(70) % 8 - 1
     order = torch.randperm(70, generator=torch.Generator().manual_seed(seed))
@@ -130,7 +130,7 @@ def test_double_and_single_precision_landmarks_give_the_same_map(variant):
 
 
 @given(seed=SEEDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_symmetric_map_of_a_mirrored_face_is_the_mirrored_map(seed):
     landmarks = faces(6, seed=seed, noise=5)
     own = action_unit_maps(landmarks, SOME, frame=224, size=GRID, variant="symmetric")
@@ -147,7 +147,7 @@ def test_official_map_of_a_mirrored_face_is_not_the_mirrored_map(expression):
 
 
 @given(seed=SEEDS, frame=st.integers(40, 600))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_symmetric_map_does_not_depend_on_the_resolution(seed, frame):
     own = action_unit_maps(faces(6, seed=seed), SOME, frame=224, size=GRID, variant="symmetric")
     other = action_unit_maps(faces(6, seed=seed, frame=frame), SOME, frame=frame, size=GRID, variant="symmetric")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import timm
 import torch
@@ -18,9 +20,15 @@ def build(weights: str = "random"):
     return InceptionV3.build(InceptionV3.Options(weights=weights), image_size=64)
 
 
+@functools.cache
+def without_values():
+    with torch.device("meta"):
+        return build()
+
+
 def test_sizes_and_channels_of_the_layers_at_224():
-    with torch.device("meta"), torch.no_grad():
-        layers = build()(torch.empty(1, 3, 224, 224)).layers
+    with torch.no_grad():
+        layers = without_values()(torch.empty(1, 3, 224, 224, device="meta")).layers
     expected = {1: (112, 64), 2: (57, 80), 3: (29, 288), 4: (29, 768), 5: (29, 1024)}
     assert {n: (layer.shape[2], layer.shape[1]) for n, layer in layers.items()} == expected
 
@@ -79,6 +87,7 @@ def test_the_forward_pass_equals_a_plain_one():
         torch.testing.assert_close(layer, wanted[number], rtol=1e-4, atol=1e-5 * float(layer.abs().max()))
 
 
+@functools.cache
 def published() -> dict[str, torch.Tensor]:
     """A file as published: the whole network with both classifiers."""
     return timm.create_model("inception_v3", pretrained=False, aux_logits=True).state_dict()
@@ -94,7 +103,7 @@ def test_the_published_file_lacks_the_last_two_convolutions_alone_and_that_is_al
 
 
 def test_no_other_gap_is_allowed(tmp_path):
-    state = published()
+    state = dict(published())
     del state["Mixed_6a.branch3x3.conv.weight"]
     save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"do not fit the network: missing Mixed_6a\.branch3x3\.conv\.weight$"):
@@ -112,15 +121,13 @@ def test_dropout_acts_in_training_alone():
 
 def test_pictures_go_in_as_the_published_weights_want():
     cfg = timm.get_pretrained_cfg("inception_v3.tv_in1k")
-    with torch.device("meta"):
-        backbone = build()
+    backbone = without_values()
     assert (backbone.mean, backbone.std) == (cfg.mean, cfg.std)
 
 
 def test_attention_layers_stand_where_wsol_has_them():
-    with torch.device("meta"):
-        backbone = build()
-        blocks = [backbone.blocks(layer)[index] for layer, index in backbone.attention_points()]
+    backbone = without_values()
+    blocks = [backbone.blocks(layer)[index] for layer, index in backbone.attention_points()]
     assert blocks == [backbone.net.Mixed_5d, backbone.net.Mixed_6e, backbone.net.SPG_A3_2b]
 
 

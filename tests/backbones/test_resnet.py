@@ -10,6 +10,13 @@ from pydantic import ValidationError
 from bench.backbone import BACKBONES
 from bench.method import METHODS
 
+DEEPER = {"resnet34", "resnet101", "resnet152"}
+"""They have more of the same blocks than resnet18 and resnet50."""
+
+
+def deeper_are_slow(names):
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in DEEPER else []) for name in names]
+
 
 def build(name: str, *, image_size: int = 64, **options: object):
     target = BACKBONES.get(name).target
@@ -24,7 +31,7 @@ def sizes(backbone, side: int) -> list[int]:
     return [layers[number].shape[2] for number in sorted(layers)]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+@pytest.mark.parametrize("name", deeper_are_slow(["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]))
 @pytest.mark.parametrize(("large", "expected"), [(True, [112, 56, 28, 28, 28]), (False, [112, 56, 28, 14, 7])])
 def test_sizes_of_the_maps(name, large, expected):
     with torch.device("meta"):
@@ -105,7 +112,8 @@ def test_impossible_options_are_refused(options, message):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in BACKBONES.names() if BACKBONES.get(n).info.kind == "cnn" and BACKBONES.get(n).origin.count("/backbones/")]
+    "name",
+    deeper_are_slow(n for n in BACKBONES.names() if BACKBONES.get(n).info.kind == "cnn" and BACKBONES.get(n).origin.count("/backbones/")),
 )
 def test_every_convolutional_network_builds_for_real_and_gives_what_it_declares(name):
     backbone = build(name).eval()

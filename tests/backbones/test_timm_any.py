@@ -36,7 +36,10 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in ("timm:hrnet_w18_small", "timm:hiera_tiny_224") else []) for name in NETWORKS],
+)
 def test_layers_are_the_features_of_timm_finest_first(name):
     entry = BACKBONES.get(name)
     assert entry.info.kind == "cnn"
@@ -49,7 +52,7 @@ def test_layers_are_the_features_of_timm_finest_first(name):
     assert backbone.last == len(NETWORKS[name])
 
 
-@pytest.mark.parametrize("name", ["timm:test_resnet", "timm:convnext_atto", "timm:swin_tiny_patch4_window7_224", "timm:pit_ti_224"])
+@pytest.mark.parametrize("name", ["timm:test_resnet", "timm:pit_ti_224"])
 def test_a_step_gives_every_trainable_parameter_a_gradient(name):
     method = METHODS.get("cam").target
     classifier = method(method.Options(), variant="paper").classifier(build(name), num_classes=7)
@@ -140,8 +143,8 @@ def test_an_unknown_family_is_told_which_there_are():
         BACKBONES.get("tim:resnet18")
 
 
-def test_the_family_is_listed_as_such_and_is_in_no_all(run_bench):
-    listed = json.loads(run_bench("list", "backbones", "--format", "json").stdout)
+def test_the_family_is_listed_as_such_and_is_in_no_all(bench_here, tmp_path):
+    listed = json.loads(bench_here("list", "backbones", "--format", "json", cwd=tmp_path).stdout)
     family = next(entry for entry in listed if entry["name"] == "timm:NAME")
     assert {"weights", "output_stride", "drop_path"} <= set(family["options"])
     BACKBONES.get("timm:test_resnet")
@@ -152,7 +155,15 @@ def test_the_family_is_listed_as_such_and_is_in_no_all(run_bench):
 # Weights
 
 
-@pytest.mark.parametrize("name", ["timm:test_resnet", "timm:convnext_atto", "timm:swin_tiny_patch4_window7_224", "timm:hiera_tiny_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm:test_resnet",
+        "timm:hiera_tiny_224",
+        pytest.param("timm:convnext_atto", marks=pytest.mark.slow),
+        pytest.param("timm:swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
+    ],
+)
 def test_a_file_with_the_whole_network_fills_its_features(tmp_path, name):
     architecture = name.partition(":")[2]
     donor = timm.create_model(architecture, **({"img_size": 64} if "224" in name else {})).eval()

@@ -83,14 +83,14 @@ def test_a_leaderboard_of_nothing_says_what_to_type(bench_here, tmp_path):
     assert "bench run --profile quick --results nowhere" in done.stderr
 
 
-def test_a_run_prints_its_leaderboard_and_every_format_works(run_bench, project):
+def test_a_run_prints_its_leaderboard_and_every_format_works(run_bench, bench_here, project):
     done = run_bench("run", "--guidance", "none", "--seeds", "0", "--track", "tensorboard", cwd=project)
     assert done.returncode == 0, done.stderr
     assert "CAM-COS" in done.stdout
     assert "1 cells done, 0 were done before, 0 failed" in done.stdout
     assert list((project / "results" / "tracking").rglob("events.out.tfevents.*"))
     for fmt, mark in (("table", "CAM-COS"), ("md", "| Method"), ("csv", "dataset,fingerprint"), ("json", '"rows"'), ("latex", "\\toprule")):
-        shown = run_bench("leaderboard", "--format", fmt, cwd=project)
+        shown = bench_here("leaderboard", "--format", fmt, cwd=project)
         assert shown.returncode == 0
         assert mark in shown.stdout
 
@@ -107,7 +107,7 @@ def test_a_failed_cell_gives_exit_code_1_and_its_reason(run_bench, project):
     assert "1 cells done" in done.stdout
 
 
-def test_an_own_folder_runs_from_its_table_in_the_settings(run_bench, project):
+def test_an_own_folder_runs_from_its_table_in_the_settings(bench_here, project):
     import numpy as np
     from PIL import Image
 
@@ -123,12 +123,12 @@ def test_an_own_folder_runs_from_its_table_in_the_settings(run_bench, project):
     (project / "raw" / "landmarks.csv").write_text("\n".join(rows) + "\n")
     with (project / "bench.toml").open("a") as file:
         file.write('\n[datasets.mine]\nentry = "folder"\nraw = "raw"\nsize = 40\n')
-    done = run_bench(
+    done = bench_here(
         "run", "--datasets", "mine", "--data", "own", "--seeds", "0", "--set", "train.batch_size=4", "--set", "train.epochs=1", cwd=project
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "mine, mini" in done.stdout
-    again = run_bench(
+    again = bench_here(
         "run", "--datasets", "mine", "--data", "own", "--seeds", "0", "--set", "train.batch_size=4", "--set", "train.epochs=1", cwd=project
     )
     assert "0 cells done, 2 were done before" in again.stdout

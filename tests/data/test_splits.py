@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.data.splits import hash_sources, stratified_cut
@@ -68,7 +68,6 @@ def test_a_fraction_that_is_none_is_refused(fraction):
         stratified_cut(make(9), fraction=fraction, salt="s")
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     people=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3)), min_size=12, max_size=80),
     fraction=st.floats(0.05, 0.9),

@@ -143,7 +143,7 @@ def test_a_flipped_byte_is_found_in_its_sample(folder, place, forge):
     assert forge or any("sha256" in p.what for p in problems)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_no_flipped_byte_goes_unnoticed(prepared, folder, share):
     whole = (prepared / SHARD).read_bytes()

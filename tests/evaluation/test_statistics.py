@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.regression.linear_model import OLS
@@ -90,7 +90,6 @@ def test_people_with_many_pictures_do_not_make_equal_methods_differ():
     assert of_pictures > 100
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 300))
 def test_mcnemar_is_that_of_statsmodels(seed, n):
     rng = np.random.default_rng(seed)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.backbone import BACKBONES
@@ -124,7 +124,6 @@ def test_a_small_network_gets_small_branches():
     seed=st.integers(0, 2**16),
     variant=st.sampled_from(VARIANTS),
 )
-@settings(deadline=None, max_examples=60)
 def test_erasing_is_that_of_a_loop_over_places(classes, side, threshold, constant, seed, variant):
     generator = torch.Generator().manual_seed(seed)
     count = len(classes)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -89,7 +89,6 @@ def test_logits_attentions_and_both_maps_are_the_published_ones():
     negative=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-@settings(deadline=None, max_examples=60)
 def test_a_layer_is_that_of_a_loop_over_places(count, side, threshold, drop, negative, seed):
     features = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
     features = features if negative else features.relu()

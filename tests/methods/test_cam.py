@@ -38,7 +38,7 @@ def test_attentions_of_all_layers_are_the_published_ones():
         np.testing.assert_allclose(layer_attention(features).numpy(), posthoc.golden("CAM")[f"attention_layer{layer}"], atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), channels=st.integers(1, 9), classes=st.integers(2, 7), count=st.integers(1, 4), rectified=st.booleans())
 def test_map_is_the_gradient_of_the_logit_times_the_activations(seed, channels, classes, count, rectified):
     classifier = posthoc.tiny(seed, channels=channels, classes=classes, rectified=rectified)

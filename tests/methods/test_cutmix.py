@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.backbone import BACKBONES
@@ -68,7 +68,6 @@ def mixed_with_box(method, batch, *, seeds=range(200)):
 
 
 @given(count=st.integers(2, 6), size=st.sampled_from([16, 28, 33]), grid=st.sampled_from([4, 7, 28]), seed=st.integers(0, 2**16))
-@settings(deadline=None, max_examples=40)
 def test_pictures_maps_and_weight_are_those_of_pasting_place_by_place(count, size, grid, seed):
     batch = make_batch(count=count, size=size, grid=grid, seed=seed)
     batch = dataclasses.replace(batch, labels=torch.arange(count))
@@ -94,7 +93,6 @@ def test_pictures_maps_and_weight_are_those_of_pasting_place_by_place(count, siz
 
 
 @given(edges=st.tuples(*[st.integers(0, 32)] * 4), grid=st.integers(1, 40), size=st.just(32))
-@settings(deadline=None, max_examples=40)
 def test_the_cells_of_a_box_add_up_to_its_area(edges, grid, size):
     top, bottom = sorted(edges[:2])
     left, right = sorted(edges[2:])

@@ -15,7 +15,7 @@ from tests.methods import posthoc
 nets = st.fixed_dictionaries(
     {"seed": st.integers(0, 10**6), "channels": st.integers(1, 9), "classes": st.integers(2, 7), "count": st.integers(1, 4)}
 )
-checked = settings(max_examples=20, deadline=None)
+checked = settings(max_examples=20)
 
 
 def case(net, **more):
@@ -160,7 +160,7 @@ def test_eigencam_holds_at_any_scale_of_the_activations(scale):
 
 @pytest.mark.parametrize("weights", ["softmax", "increase"])
 @pytest.mark.parametrize("kept", [None, 2])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(net=nets, chunk=st.integers(1, 9))
 def test_scorecam_weighs_channels_by_the_logit_of_the_masked_picture(weights, kept, net, chunk):
     classifier, images, labels = case(net)
@@ -197,7 +197,7 @@ def test_scorecam_asks_the_network_once_for_true_and_predicted_classes():
     torch.testing.assert_close(again, posthoc.read(posthoc.method("scorecam"), classifier, images, (labels + 1) % 4), rtol=0, atol=0)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(net=nets, samples=st.integers(1, 3), noise=st.floats(0.01, 0.5))
 def test_smoothgradcampp_is_the_mean_of_gradcampp_over_noisy_copies(net, samples, noise):
     classifier, images, labels = case(net)
@@ -212,7 +212,7 @@ def test_smoothgradcampp_is_the_mean_of_gradcampp_over_noisy_copies(net, samples
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(net=nets)
 def test_averaging_derivatives_over_noise_instead_would_be_gradcampp_itself(net):
     classifier, images, labels = case(net)
@@ -235,7 +235,7 @@ def test_smoothgradcampp_without_noise_is_gradcampp():
 
 
 @pytest.mark.parametrize("layers", [(4,), (3,), (1,), (3, 4), (4, 1), (1, 2, 3, 4)])
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(net=nets)
 def test_layercam_fuses_layers_as_the_paper_says(layers, net):
     classifier, images, labels = case(net)

@@ -125,7 +125,7 @@ def test_maps_are_the_same_in_inference_mode(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=st.integers(0, 999), count=st.integers(1, 4))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_a_map_depends_on_its_own_image_and_class_only(name, seed, count):
     method, classifier = build(name, seed=seed % 3)
     generator = torch.Generator().manual_seed(seed)

@@ -101,7 +101,7 @@ def test_map_is_a_plain_timm_forwards_attention_times_class_map():
 
 
 @given(data=st.data(), count=st.integers(1, 5))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_map_depends_on_its_own_image_and_class_only(data, count):
     method, classifier = build("official")
     images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))

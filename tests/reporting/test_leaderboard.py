@@ -263,7 +263,7 @@ def test_latex_compiles_whatever_the_names_are(tmp_path):
     packages = r"\documentclass{article}\usepackage{booktabs}\usepackage{graphicx}"
     (tmp_path / "main.tex").write_text(packages + r"\begin{document}\input{table}\end{document}")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "main.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout
     assert "tabular" in (tmp_path / "table.tex").read_text()
     assert "Overfull" not in done.stdout

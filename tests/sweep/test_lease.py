@@ -114,7 +114,7 @@ def test_the_heartbeat_renews_the_lease(tmp_path):
     held = claim(leases)
     silence(held, seconds=500)
     before = held.path.stat().st_mtime
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while held.path.stat().st_mtime == before and time.monotonic() < deadline:
         time.sleep(0.02)
     assert held.path.stat().st_mtime > before + 400
@@ -139,7 +139,7 @@ def test_the_heartbeat_notices_a_takeover(tmp_path):
     leases = Leases(tmp_path, heartbeat_s=0.02, stale_s=1)
     held = claim(leases)
     held.path.unlink()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not held.lost and time.monotonic() < deadline:
         time.sleep(0.02)
     assert held.lost

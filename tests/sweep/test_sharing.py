@@ -119,7 +119,7 @@ def test_runs_started_at_once_share_the_work_and_end_with_the_whole_table(projec
         )
         for _ in range(runs)
     ]
-    told = [process.communicate(timeout=280)[0] for process in processes]
+    told = [process.communicate(timeout=500)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * runs, told
     assert len(list(read_records(results))) == 4
     events = list(read_events(results))

@@ -122,7 +122,7 @@ from bench.training import interruption
 interruption.SAME_REQUEST_S = 0.1
 stop = interruption.StopRequest()
 """
-    done = subprocess.run([sys.executable, "-P", "-c", head + code], capture_output=True, text=True, timeout=120, check=False, cwd="/")
+    done = subprocess.run([sys.executable, "-P", "-c", head + code], capture_output=True, text=True, timeout=300, check=False, cwd="/")
     return done.returncode, done.stdout, done.stderr
 
 
@@ -180,7 +180,7 @@ def started(project, *command):
 def wait_for_training(process, results):
     """Until a training is begun or resumed: before that there is nothing to save, and a start of Python has its own handlers."""
     begun, before = time.monotonic(), len(list(read_events(results)))
-    while process.poll() is None and len(list(read_events(results))) == before and time.monotonic() - begun < 120:
+    while process.poll() is None and len(list(read_events(results))) == before and time.monotonic() - begun < 300:
         time.sleep(0.05)
 
 
@@ -195,7 +195,7 @@ def test_a_process_that_gets_sigterm_at_any_time_goes_on_bit_for_bit(project, ru
                 wait_for_training(process, project / "r")
                 time.sleep(dice.uniform(0.3, 3))
                 process.send_signal(signal.SIGTERM)
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=300)
             codes.append(process.returncode)
             assert codes[-1] in (0, REQUEUE), errors
     assert REQUEUE in codes, "not one signal hit the run"
@@ -211,13 +211,13 @@ def test_two_processes_stop_at_the_same_step_and_go_on(project):
         wait_for_training(process, project / "r")
         time.sleep(1)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
     assert "which is saved" in errors
     assert [event["event"] for event in read_events(project / "r")] == ["begin", "interrupt"], errors
     assert len(list((project / "r").glob("trainings/*/checkpoints/*"))) >= 1
     assert not list(read_leases(project / "r" / "leases"))
     with started(project, *command, "--results", "r") as process:
-        _, errors = process.communicate(timeout=240)
+        _, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors
     assert [event["event"] for event in read_events(project / "r")][2:] == ["resume", "end"]
     assert len(hashes(project / "r")) == 1

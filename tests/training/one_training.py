@@ -85,7 +85,7 @@ def start(project, folder, *sets, processes=1, stop=False):
     launcher = [*torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"] if processes > 1 else []
     command = [sys.executable, "-P", *launcher, __file__, str(folder), *(["--stop"] if stop else []), *sets]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_BUILD_OPS": "0"}
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     if stop:
         assert not (project / folder / "trained.json").exists()

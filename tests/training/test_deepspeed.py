@@ -45,16 +45,18 @@ def assert_equal(a, b):
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(("stage", "processes"), [(2, 1), (0, 2), (1, 2), (2, 2)])
 def test_zero_gives_the_losses_and_weights_of_ddp(prepared, stage, processes):
     assert_close(run_once(prepared, *zero(stage), processes=processes), run_once(prepared, processes=processes))
 
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("switches", [(CLIP,), (ACCUMULATE,), (CLIP, ACCUMULATE)], ids=["clipped", "accumulated", "both"])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("stage", "switches"),
+    [(0, (CLIP, ACCUMULATE)), (1, (CLIP, ACCUMULATE)), (2, (CLIP, ACCUMULATE)), (1, (ACCUMULATE,)), (2, (CLIP,))],
+    ids=["0-both", "1-both", "2-both", "1-accumulated", "2-clipped"],
+)
 def test_sgd_clipped_and_accumulated_is_that_of_ddp(prepared, stage, switches):
     ours = run_once(prepared, *SGD, *switches, processes=2)
     assert_close(start(prepared, "zero", *BASE, *SGD, *switches, *zero(stage), processes=2), ours)
@@ -65,7 +67,7 @@ def test_sgd_clipped_and_accumulated_is_that_of_ddp(prepared, stage, switches):
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("sets", [zero(0), zero(1), zero(2), (*zero(1), *SGD, CLIP)], ids=["0", "1", "2", "1-sgd"])
+@pytest.mark.parametrize("sets", [zero(0), zero(2), (*zero(1), *SGD, CLIP)], ids=["0", "2", "1-sgd"])
 def test_resumed_it_ends_as_if_undisturbed_to_the_last_bit(prepared, sets):
     assert start(prepared, "stopped", *BASE, *sets, processes=2, stop=True) is None
     assert sorted(p.name for p in (prepared / "stopped" / "checkpoints").iterdir()) == ["00000004"]

@@ -166,7 +166,7 @@ def test_a_network_in_channels_last_order_reads_out_the_same(prepared):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_compile_changes_no_result_beyond_1e4_and_what_is_evaluated_is_not_compiled(go, project, monkeypatch):
     plain = train_briefly(go, project, "plain", train__optimizer="sgd", train__lr=0.05)
     from torch._dynamo.utils import counters

@@ -45,7 +45,7 @@ def end(*processes):
             process.wait(30)
 
 
-def wait_for_step(results: Path, step: int, *processes, seconds=120) -> None:
+def wait_for_step(results: Path, step: int, *processes, seconds=300) -> None:
     """Until a checkpoint of that step or a later one is there."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
