@@ -33,7 +33,7 @@ test: $(READY)
 
 # The tests that start several processes, and the long ones.
 test-marked: $(READY)
-	$(BIN)/pytest -n $(WORKERS) --dist loadscope -m 'slow or dist'
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m 'slow or dist'
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests of trust: verify, stamp, submit."""
+"""Fixtures shared by the tests of this room: runs that are finished."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bench.sweep.plan import make_plan
 from bench.sweep.run import run_plan
 from bench.training.engine import Engine
 from bench.training.observer import LogObserver
+from tests.conftest import TINY
 
 HONEST = """
 [run]
@@ -46,18 +47,28 @@ partition = "department-of-faces"
 """Two trainings, each read out by two methods."""
 
 
-@pytest.fixture(scope="session")
-def honest_project(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Path:
-    """A finished tiny run. Not to be changed: see `honest`."""
-    folder = tmp_path_factory.mktemp("honest")
-    (folder / "bench.toml").write_text(HONEST.format(data=data_root))
+def finish(folder: Path, settings_file: str) -> Path:
+    """Carry out all that a bench.toml asks for; returns the folder, with the results in it."""
+    (folder / "bench.toml").write_text(settings_file)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         settings = load_settings(environ={})
         prepare_missing(make_plan(settings).sources.values(), observer=LogObserver(), plugins=())
         outcome = run_plan(make_plan(settings), engine=Engine(train=settings.config.train, device="cpu"), observer=LogObserver())
-    assert len(outcome.ran) == 4
+    assert not outcome.failed
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Path:
+    """Results of the run of `project` that nobody disturbs, with and without guidance. To compare with and to copy, not to be changed."""
+    return finish(tmp_path_factory.mktemp("finished"), TINY.format(data=data_root)) / "results"
+
+
+@pytest.fixture(scope="session")
+def honest_project(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Path:
+    """A finished tiny run. Not to be changed: see `honest`."""
+    return finish(tmp_path_factory.mktemp("honest"), HONEST.format(data=data_root))
 
 
 @pytest.fixture

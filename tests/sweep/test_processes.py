@@ -133,7 +133,7 @@ def test_killed_at_any_time_and_started_again_it_ends_as_if_undisturbed(project,
     assert code == 0
     expected = results("undisturbed")
     dice, kills = random.Random(0), 0
-    while kills < 20:
+    while kills < 12:
         if kills % 2:
             code, _, _ = zygote.run(*command, "killed", after_s=dice.uniform(0, seconds))
         else:  # inside a write: of a checkpoint, of the selected weights, of rows, record, marker
