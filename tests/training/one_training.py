@@ -47,7 +47,7 @@ def main(folder, *arguments):
     training = plan.matrix.trainings[0].training
     engine = Engine(train=settings.config.train, device="auto" if "--gpu" in arguments else "cpu", timeout_s=120)
     data = plan.sources[training.dataset.name].folder
-    how = {"kind": "indexed", "workers": 0, "cache_bytes": 2**30, "verify": False, "balance": "none"}
+    how = {"workers": 0, "cache_bytes": 2**30, "verify": False, "balance": "none"}
     readers = {split: open_reader(data, split, **how) for split in ("train", "val")}
     selections = 0
 
