@@ -48,7 +48,7 @@ def test_several_processes_give_the_loss_curve_of_one_without_batch_statistics(p
     torchrun(project, processes, *FEW, "--results", "many")
     one, many = (json.loads(next((project / name).rglob("trained.json")).read_text()) for name in ("one", "many"))
     np.testing.assert_allclose(one["losses"], many["losses"], rtol=1e-5, atol=1e-6)
-    assert many["world_size"] == processes
+    assert many["process_counts"] == [processes]
 
 
 @pytest.mark.dist
