@@ -297,6 +297,7 @@ class _Sweep:
             assert source.index is not None
             with engine.together():
                 classifier = load_trained(training, folder, num_classes=len(source.index.classes)).to(engine.device)
+                trained = read_trained(folder)
                 test = self.readers.open(training, "test")
                 weights = hash_weights(classifier)
                 macs = count_macs(classifier, size=training.settings["images"]["size"], device=engine.device)
@@ -314,19 +315,19 @@ class _Sweep:
                     else:
                         errors |= self._fail(group, error)
                     continue
+                facts = _Facts(
+                    settings=self.settings,
+                    code=self.code,
+                    index=source.index,
+                    engine=engine,
+                    seconds=seconds,
+                    cells=len(group),
+                    macs=macs,
+                    weights=weights,
+                    trained=trained,
+                )
                 for cell in group:
                     try:
-                        facts = _Facts(
-                            settings=self.settings,
-                            code=self.code,
-                            index=source.index,
-                            engine=engine,
-                            seconds=seconds,
-                            cells=len(group),
-                            macs=macs,
-                            weights=weights,
-                            trained=read_trained(folder),
-                        )
                         self._write(cell, results[cell.method], facts)
                     except Exception as error:  # noqa: BLE001 - a full disk, most likely
                         errors |= self._fail((cell,), error)
