@@ -20,7 +20,7 @@ from bench.data.index import hash_keys
 from bench.data.transforms import eval_images, eval_landmarks
 from bench.evaluation.averages import AverageMaps, ClassSums, average_maps
 from bench.evaluation.invariance import Slice, check_invariance, join
-from bench.evaluation.maps import attention_cosines, check_finite, map_cosines, min_max, read_maps, upsample
+from bench.evaluation.maps import attention_cosines, check_finite, map_cosines, map_ranges, min_max, read_maps, upsample
 from bench.evaluation.measures import Choice, Explained, Measuring
 from bench.evaluation.rows import Rows
 from bench.method import Classifier, Method
@@ -50,6 +50,14 @@ class Evaluated:
     graph is not in it: where a method of the same evaluation ``needs_grad``, the forward passes of all take longer."""
     peak_memory_bytes: int | None
     """Of the main process's device, with all that its evaluation holds, for all methods; see `bench.training.trainer.peak_memory`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Unusable:
+    """A read-out that gave maps from which no figure can be taken."""
+
+    reason: str
+    """How many, and the first."""
 
 
 def accuracy(classifier: Classifier, reader: Reader, *, size: int, batch_size: int, engine: Engine) -> float:
@@ -91,7 +99,7 @@ def evaluate(
     observer: Observer,
     label: str,
     measures: Choice | None = None,
-) -> dict[str, Evaluated]:
+) -> dict[str, Evaluated | Unusable]:
     """Results of every cell, from one forward pass a sample; then the invariance check, for which the other processes wait.
 
     Args:
@@ -109,7 +117,8 @@ def evaluate(
         measures: optional measures to take besides, see `bench.evaluation.measures.choice_of`.
 
     Returns:
-        Name -> results, complete on every process.
+        Name -> results, complete on every process; or why there are none, where maps hold NaN or infinite values. In the variant
+        ``official`` such maps count as zeros, as in the published code, and are counted.
 
     Raises:
         CountError: a sample was missed or counted twice.
@@ -149,6 +158,8 @@ def evaluate(
             }
             true_rows: dict[str, Tensor] = {}
             predicted_rows: dict[str, Tensor] = {}
+            true_ranges: dict[str, Tensor] = {}
+            predicted_ranges: dict[str, Tensor] = {}
             measured: dict[str, dict[str, Tensor]] = {name: {} for name in methods}
             where = {"positions": batch.positions, "labels": batch.labels}
             au_sums.add(au_maps, **where, valid=valid)
@@ -161,8 +172,10 @@ def evaluate(
                 grown = upsample(min_max(own[name]), size=size)
                 sums[name].add(grown, **where)
                 true_rows[name] = _where(valid, map_cosines(own[name], au_maps))
+                true_ranges[name] = map_ranges(own[name])
                 guessed = read_maps(method, classifier, output, predicted)
                 predicted_rows[name] = _where(valid, map_cosines(guessed, au_maps))
+                predicted_ranges[name] = map_ranges(guessed)
                 if measuring is not None:
                     seen = Explained(
                         method=method,
@@ -191,6 +204,8 @@ def evaluate(
                     attention={layer: _to_host(values) for layer, values in attention_rows.items()},
                     maps_true={name: _to_host(values) for name, values in true_rows.items()},
                     maps_predicted={name: _to_host(values) for name, values in predicted_rows.items()},
+                    ranges_true={name: _to_host(values) for name, values in true_ranges.items()},
+                    ranges_predicted={name: _to_host(values) for name, values in predicted_ranges.items()},
                     measures={name: {key: _to_host(values) for key, values in table.items()} for name, table in measured.items()},
                 )
             )
@@ -205,16 +220,22 @@ def evaluate(
         raise CountError(
             f"{work}: the evaluation saw {len(keys)} samples ({len(set(keys))} different) of {len(reader.keys)}; nothing is recorded"
         )
+    unusable = {
+        name: _not_finite(whole, name, keys=keys, classes=reader.classes)
+        for name, method in methods.items()
+        if method.variant != "official" and np.isnan([whole.ranges_true[name], whole.ranges_predicted[name]]).any()
+    }
+    usable = {name: method for name, method in methods.items() if name not in unusable}
     slices = [part for share in engine.gather(kept.parts) for part in share]
     with engine.together():
         checked = (
-            check_invariance(classifier, methods, join(slices), size=size, batch_size=batch_size, engine=engine) if engine.is_main else None
+            check_invariance(classifier, usable, join(slices), size=size, batch_size=batch_size, engine=engine) if engine.is_main else None
         )
     invariance = engine.from_main(checked)
     assert invariance is not None
     attention, au = attention_sums.total(engine), au_sums.total(engine)
     spent = engine.gather(watch.seconds())
-    return {
+    results = {
         name: Evaluated(
             rows=Rows(
                 keys=keys,
@@ -225,6 +246,8 @@ def evaluate(
                 attention_cosines=whole.attention,
                 map_cosines_true=whole.maps_true[name],
                 map_cosines_predicted=whole.maps_predicted[name],
+                map_ranges_true=whole.ranges_true[name],
+                map_ranges_predicted=whole.ranges_predicted[name],
                 measures=whole.measures[name],
             ),
             attention_layer=attention_layer,
@@ -233,8 +256,20 @@ def evaluate(
             map_seconds_per_image=sum(share[name] for share in spent) / len(keys),
             peak_memory_bytes=peak,
         )
-        for name in methods
+        for name in usable
     }
+    return {name: results[name] if name in results else unusable[name] for name in methods}
+
+
+def _not_finite(whole: _Part, name: str, *, keys: Sequence[str], classes: Sequence[str]) -> Unusable:
+    true, predicted = np.isnan(whole.ranges_true[name]), np.isnan(whole.ranges_predicted[name])
+    bad = true | predicted
+    first = int(bad.argmax())
+    of_class = classes[whole.label[first] if true[first] else int(whole.logits[first].argmax())]
+    return Unusable(
+        reason=f"maps of {int(bad.sum())} of {len(keys)} samples hold NaN or infinite values, the first that of sample {keys[first]} for "
+        f"class {of_class!r}: no figure can be taken from them, so the cell has none"
+    )
 
 
 def count_macs(classifier: Classifier, *, size: int, device: torch.device) -> int:
@@ -265,6 +300,9 @@ class _Part:
     maps_true: dict[str, _Array]
     """Method -> cosines of the true class's maps."""
     maps_predicted: dict[str, _Array]
+    ranges_true: dict[str, _Array]
+    """Method -> `bench.evaluation.maps.map_ranges` of the true class's maps."""
+    ranges_predicted: dict[str, _Array]
     measures: dict[str, dict[str, _Array]]
     """Method -> column of the optional measures -> values."""
 
@@ -285,6 +323,8 @@ def _join_parts(parts: Sequence[_Part]) -> _Part:
         attention={layer: sort([part.attention[layer] for part in parts]) for layer in first.attention},
         maps_true={name: sort([part.maps_true[name] for part in parts]) for name in first.maps_true},
         maps_predicted={name: sort([part.maps_predicted[name] for part in parts]) for name in first.maps_predicted},
+        ranges_true={name: sort([part.ranges_true[name] for part in parts]) for name in first.ranges_true},
+        ranges_predicted={name: sort([part.ranges_predicted[name] for part in parts]) for name in first.ranges_predicted},
         measures={
             name: {column: sort([part.measures[name][column] for part in parts]) for column in columns}
             for name, columns in first.measures.items()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.data.batch import RawBatch
 from bench.data.transforms import eval_images
-from bench.evaluation.maps import min_max, read_maps
+from bench.evaluation.maps import map_ranges, min_max, read_maps
 from bench.method import Classifier, Method
 from bench.training.engine import Engine
 
@@ -151,7 +151,8 @@ def map_difference(maps: Tensor, reference: Tensor) -> float:
     ours, theirs = (min_max(values.double()).flatten(1) for values in (maps, reference))
     shapes = _relative((ours - theirs).norm(dim=1), ours.norm(dim=1), theirs.norm(dim=1))
     shape = shapes.kthvalue(max(len(shapes) - 1, 1)).values
-    ranges, known = (values.double().amax((1, 2)) - values.double().amin((1, 2)) for values in (maps, reference))
+    # A map with NaN is compared as what it counts as, zeros.
+    ranges, known = (map_ranges(values).double().nan_to_num(nan=0.0) for values in (maps, reference))
     spread = _relative((ranges - known).abs(), ranges, known).median()
     return max(_number(shape), _number(spread))
 

@@ -20,7 +20,11 @@ def read_maps(method: Method, classifier: Classifier, output: Output, classes: T
     bad = classes[(classes < 0) | (classes >= count)]
     if len(bad):
         raise ValueError(f"class id {int(bad[0])} is out of range: the classifier has {count} classes, 0 to {count - 1}")
-    maps = method.maps(classifier, output, classes).detach()
+    maps = method.maps(classifier, output, classes)
+    if not isinstance(maps, Tensor) or maps.is_complex():
+        kind = f"a tensor of {maps.dtype}" if isinstance(maps, Tensor) else f"a {type(maps).__name__}"
+        raise ValueError(f"{type(method).__name__}.maps returned {kind}, wanted a tensor of real numbers, ({len(classes)}, h, w)")
+    maps = maps.detach()
     if maps.ndim != 3 or len(maps) != len(classes):
         raise ValueError(f"{type(method).__name__}.maps returned the shape {tuple(maps.shape)}, wanted ({len(classes)}, h, w)")
     return maps.float()
@@ -39,12 +43,19 @@ def check_finite(logits: Tensor, *, label: str) -> None:
 def min_max(maps: Tensor) -> Tensor:
     """(m - min) / (max - min) of each map (..., h, w); a constant map becomes zeros. Free of scale: no epsilon.
 
-    Values that are not finite (a map of a network with NaN weights) become zeros, as the published evaluation has them.
+    Values that are not finite (a map of a network with NaN weights) become zeros, as the published evaluation has them: whoever takes a
+    figure from the result looks at `map_ranges` too.
     """
     low = maps.amin(dim=(-2, -1), keepdim=True)
     span = maps.amax(dim=(-2, -1), keepdim=True) - low
     scaled = (maps - low) / span.masked_fill(span == 0, 1)
     return torch.nan_to_num(scaled, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def map_ranges(maps: Tensor) -> Tensor:
+    """Largest minus smallest value of each raw map (B, h, w), float32: 0 for a constant map, NaN where a value is not finite. (B,)."""
+    spans = (maps.double().amax(dim=(1, 2)) - maps.double().amin(dim=(1, 2))).clamp(max=torch.finfo(torch.float32).max)
+    return spans.masked_fill(~maps.isfinite().flatten(1).all(dim=1), float("nan")).float()
 
 
 def upsample(maps: Tensor, *, size: int) -> Tensor:

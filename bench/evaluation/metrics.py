@@ -22,6 +22,7 @@ def compute_metrics(rows: Rows, *, classes: Sequence[str], expressive: Sequence[
     Returns:
         ``cl``: ``accuracy``, ``class_mean``, ``samples``, ``per_class``, ``confusion`` (row = true class);
         ``cam_cos``: ``true`` and ``predicted``, see `_cosine_summary`; ``att_cos``: layer -> the same;
+        where the rows know the ranges of the maps, ``maps``: ``true`` and ``predicted``, see `_map_counts`;
         where there are optional measures, ``measures``: column -> see `_measure_summary`.
     """
     metrics = {
@@ -34,6 +35,9 @@ def compute_metrics(rows: Rows, *, classes: Sequence[str], expressive: Sequence[
             str(layer): _cosine_summary(values, rows, classes, expressive) for layer, values in sorted(rows.attention_cosines.items())
         },
     }
+    ranges = {"true": rows.map_ranges_true, "predicted": rows.map_ranges_predicted}
+    if any(values is not None for values in ranges.values()):
+        metrics["maps"] = {name: _map_counts(values) for name, values in ranges.items() if values is not None}
     if rows.measures:
         metrics["measures"] = {name: _measure_summary(values, rows.labels, classes) for name, values in rows.measures.items()}
     return metrics
@@ -86,6 +90,11 @@ def _cosine_summary(values: Floats, rows: Rows, classes: Sequence[str], expressi
         "missing_classes": missing,
         "per_class": per_class,
     }
+
+
+def _map_counts(ranges: Floats) -> dict[str, int]:
+    """Maps that show no place: those of one value throughout, and those with NaN or infinite values. All of them count as zeros."""
+    return {"samples": len(ranges), "constant": int((ranges == 0).sum()), "not_finite": int(np.isnan(ranges).sum())}
 
 
 def _measure_summary(values: Floats, labels: Ints, classes: Sequence[str]) -> dict[str, Any]:

@@ -37,6 +37,10 @@ class Rows:
     """Cosine of the map of the true class."""
     map_cosines_predicted: Floats
     """Cosine of the map of the predicted class with the AU map of the true one."""
+    map_ranges_true: Floats | None = None
+    """Largest minus smallest value of the raw map of the true class: 0 for a constant map, NaN for one that holds NaN or infinite values.
+    None in rows written before it was kept."""
+    map_ranges_predicted: Floats | None = None
     measures: Mapping[str, Floats] = dataclasses.field(default_factory=dict)
     """Column of an optional measure -> (N,), NaN where a sample does not count; see `bench.evaluation.measures`."""
 
@@ -57,6 +61,8 @@ def write_rows(path: Path, rows: Rows) -> None:
         "au_valid": rows.au_valid,
         "map_cosine_true": rows.map_cosines_true,
         "map_cosine_predicted": rows.map_cosines_predicted,
+        **({} if rows.map_ranges_true is None else {"map_range_true": rows.map_ranges_true}),
+        **({} if rows.map_ranges_predicted is None else {"map_range_predicted": rows.map_ranges_predicted}),
         **{f"attention_cosine_{layer}": values for layer, values in sorted(rows.attention_cosines.items())},
         **{f"{_MEASURE}{name}": values for name, values in rows.measures.items()},
     }
@@ -84,6 +90,8 @@ def read_rows(path: Path) -> Rows:
             attention_cosines={int(c.removeprefix(prefix)): table[c].to_numpy() for c in table.column_names if c.startswith(prefix)},
             map_cosines_true=table["map_cosine_true"].to_numpy(),
             map_cosines_predicted=table["map_cosine_predicted"].to_numpy(),
+            map_ranges_true=table["map_range_true"].to_numpy() if "map_range_true" in table.column_names else None,
+            map_ranges_predicted=table["map_range_predicted"].to_numpy() if "map_range_predicted" in table.column_names else None,
             measures={c.removeprefix(_MEASURE): table[c].to_numpy() for c in table.column_names if c.startswith(_MEASURE)},
         )
     except (pa.ArrowException, KeyError) as error:

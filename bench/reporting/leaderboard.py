@@ -66,6 +66,28 @@ class Stat:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BlankMaps:
+    """Maps of the true class, over all records of a row, that show no place: each counts as zeros, with the cosine 0."""
+
+    samples: int = 0
+    """Maps that were looked at; records of older versions do not say."""
+    constant: int = 0
+    """Of one value throughout, such as what a ReLU leaves of negative evidence."""
+    not_finite: int = 0
+    """With NaN or infinite values; in the variant ``official`` alone, elsewhere there is no record of such maps."""
+
+    @property
+    def mark(self) -> str:
+        """Beside a row, ``[12 of 770 maps constant]``; empty where there is none."""
+        counts = [f"{count} of {self.samples} maps {what}" for count, what in self._kinds if count]
+        return f"[{', '.join(counts)}]" if counts else ""
+
+    @property
+    def _kinds(self) -> tuple[tuple[int, str], ...]:
+        return (self.constant, "constant"), (self.not_finite, "not finite")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One method on one backbone: its figures without and with guidance."""
 
@@ -88,6 +110,9 @@ class Row:
     """Numbers of processes of its trainings, where their weights depend on it; ascending."""
     process_causes: tuple[str, ...] = ()
     """Why they do, in words."""
+
+    blank_maps: BlankMaps = BlankMaps()
+    """Maps of its records that show no place."""
 
     @property
     def spread(self) -> str:
@@ -219,6 +244,7 @@ def _table(key: tuple[str, ...], runs: list[Run]) -> Table:
             batch_dependent=draft.batch_dependent,
             process_counts=tuple(sorted({count for facts in draft.dependent for count in facts.counts})),
             process_causes=tuple(dict.fromkeys(cause for facts in draft.dependent for cause in facts.dependent)),
+            blank_maps=_blank_maps(draft),
         )
         for number, draft in enumerate(drafts)
     ]
@@ -340,6 +366,11 @@ def _further(draft: _Draft, read: Callable[[Record], Mapping[str, float]]) -> di
             for name, value in read(run.record).items():
                 found.setdefault((name, guidance), []).append(value)
     return {key: Stat(values=tuple(values)) for key, values in found.items()}
+
+
+def _blank_maps(draft: _Draft) -> BlankMaps:
+    counts = [run.record.metrics["maps"]["true"] for run in draft.all if "maps" in run.record.metrics]
+    return BlankMaps(**{name: sum(count[name] for count in counts) for name in ("samples", "constant", "not_finite")})
 
 
 def _measures(record: Record) -> dict[str, float]:

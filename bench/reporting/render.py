@@ -150,6 +150,10 @@ def caption(table: Table, *, style: Style = PLAIN) -> str:
         mixed = any(len(row.process_counts) > 1 for row in table.rows)
         words = f"[processes]: {causes} make the weights depend on the number of processes of the training"
         parts.append(style.text(words + ("; such a row with several numbers mixes trainings that are not alike." if mixed else ".")))
+    if any(row.blank_maps.mark for row in table.rows):
+        words = "[maps constant]: of the true class, over all seeds; such a map shows no place, and its cosine is 0"
+        also = "; so is that of a map with NaN or infinite values, as in the published code"
+        parts.append(style.text(words + (also if any(row.blank_maps.not_finite for row in table.rows) else "") + "."))
     return " ".join([*parts, *(style.text(f"Note: {note}.") for note in table.notes)])
 
 
@@ -158,7 +162,7 @@ def row_name(row: Row, *, style: Style) -> str:
     name = style.text(row.title)
     name = style.verified.format(name) if row.verified else name
     name = style.batch_dependent.format(name) if row.batch_dependent else name
-    return f"{name} {style.text(row.spread)}" if row.spread else name
+    return " ".join([name, *(style.text(mark) for mark in (row.spread, row.blank_maps.mark) if mark)])
 
 
 _FIGURES: tuple[Column, ...] = tuple((metric, guidance) for metric in METRICS for guidance in GUIDANCE)
@@ -444,6 +448,7 @@ def _plain_row(row: Row, number: int, found: Beside | None) -> dict[str, Any]:
         "verified": row.verified,
         "batch_dependent": row.batch_dependent,
         "process_counts": list(row.process_counts),
+        "maps": dataclasses.asdict(row.blank_maps),
         "process_causes": list(row.process_causes),
         "figures": figures,
         "measures": [{"measure": name, "guidance": guidance, **_figure(stat)} for (name, guidance), stat in row.measures.items()],

@@ -17,7 +17,7 @@ from bench.data.index import Index
 from bench.data.readers import open_reader
 from bench.evaluation.averages import AverageMaps, read_average_maps
 from bench.evaluation.differences import Difference, compare_rows
-from bench.evaluation.evaluator import Evaluated, evaluate
+from bench.evaluation.evaluator import Evaluated, Unusable, evaluate
 from bench.evaluation.measures import choice_of
 from bench.sweep.record import Record
 from bench.sweep.restore import Restored, restore
@@ -95,7 +95,12 @@ def rerun(
         weights = hash_weights(restored.classifier)
         for folder, record in members:
             problems = _identity_problems(folder, record, place, key=restored.training.key, weights=weights)
-            yield _compared(folder, record, found[record.key], problems, tolerance=tolerance)
+            result = found[record.key]
+            if isinstance(result, Unusable):
+                problem = Problem(folder / ROWS, "maps", "maps of finite values", result.reason, "these weights did not give the rows")
+                yield Rerun(folder=folder, largest=float("inf"), problems=(*problems, problem))
+                continue
+            yield _compared(folder, record, result, problems, tolerance=tolerance)
 
 
 def _trainings(folder: Path) -> Path:
@@ -107,7 +112,7 @@ def _trainings(folder: Path) -> Path:
 
 def _evaluate_again(
     records: Sequence[Record], restored: Restored, folder: Path, index: Index, engine: Engine, observer: Observer
-) -> Mapping[str, Evaluated]:
+) -> Mapping[str, Evaluated | Unusable]:
     """Results by key of the cell, of records of one training and the same evaluation settings."""
     first = records[0]
     return evaluate(

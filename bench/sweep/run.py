@@ -21,7 +21,7 @@ from bench.config import Settings
 from bench.data.batch import Reader
 from bench.data.index import Index, hash_keys
 from bench.data.readers import open_reader
-from bench.evaluation.evaluator import Evaluated, accuracy, count_macs, evaluate
+from bench.evaluation.evaluator import Evaluated, Unusable, accuracy, count_macs, evaluate
 from bench.evaluation.measures import choice_of
 from bench.evaluation.metrics import compute_metrics
 from bench.matrix import Cell, Planned, Training
@@ -101,6 +101,10 @@ def run_plan(plan: Plan, *, engine: Engine, observer: Observer, wait: bool = Tru
         BrokenWorldError: with several processes, an error on some of them; it is recorded.
     """
     return _Sweep(plan, engine, observer).run(wait=wait)
+
+
+class UnusableMapsError(EverywhereError):
+    """A read-out whose maps hold NaN or infinite values: counted over all processes, so all of them raise it."""
 
 
 class _Sweep:
@@ -327,8 +331,12 @@ class _Sweep:
                     trained=trained,
                 )
                 for cell in group:
+                    result = results[cell.method]
+                    if isinstance(result, Unusable):
+                        errors |= self._fail((cell,), UnusableMapsError(result.reason))
+                        continue
                     try:
-                        self._write(cell, results[cell.method], facts)
+                        self._write(cell, result, facts)
                     except Exception as error:  # noqa: BLE001 - a full disk, most likely
                         errors |= self._fail((cell,), error)
             return errors
@@ -339,7 +347,7 @@ class _Sweep:
 
     def _evaluate(
         self, training: Training, cells: tuple[Cell, ...], classifier: Classifier, index: Index, reader: Reader, observer: Observer
-    ) -> tuple[dict[str, Evaluated], float]:
+    ) -> tuple[dict[str, Evaluated | Unusable], float]:
         """Results by method, and the seconds it took."""
         started = time.monotonic()
         config = self.settings.config.evaluation

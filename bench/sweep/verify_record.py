@@ -50,7 +50,9 @@ _MOST_ROWS = 20_000_000
 _LONGEST_KEY = 4096
 _SHOWN = 100
 """Characters of a value that a message repeats."""
-_COLUMNS = re.compile(r"key|label|person|predicted|logits|au_valid|map_cosine_(true|predicted)|attention_cosine_\d+|measure_[a-z0-9_]+")
+_COLUMNS = re.compile(
+    r"key|label|person|predicted|logits|au_valid|map_(cosine|range)_(true|predicted)|attention_cosine_\d+|measure_[a-z0-9_]+"
+)
 _REQUIRED = ("key", "label", "predicted", "logits", "au_valid", "map_cosine_true", "map_cosine_predicted")
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from bench.backbone import BACKBONES
-from bench.evaluation.maps import check_finite, min_max, read_maps
+from bench.evaluation.evaluator import Unusable
+from bench.evaluation.maps import check_finite, map_ranges, min_max, read_maps
+from bench.evaluation.metrics import compute_metrics
 from bench.method import METHODS
 
 SMALL = {"cnn": "mini", "vit": "mini-vit", "apvit": "mini-apvit"}
@@ -58,3 +61,58 @@ def test_maps_of_the_wrong_form_are_an_error_that_names_the_method():
     method.maps = lambda *_: torch.zeros(2, 7, 4, 4)
     with pytest.raises(ValueError, match=r"CAM\.maps returned the shape \(2, 7, 4, 4\), wanted \(2, h, w\)"):
         read_maps(method, classifier, output, torch.tensor([0, 1]))
+
+
+NAN = float("nan")
+
+
+def spoil(method, change, *, of=(3, 7)):
+    """Let the maps of a method come out changed for some samples of the split, which come in batches of 9."""
+    seen, plain = [0], method.maps
+
+    def maps(classifier, output, classes):
+        values = plain(classifier, output, classes).clone()
+        first = seen[0] // 2 * 9  # twice a batch: of the true and of the predicted class
+        seen[0] += 1
+        for sample in of:
+            if first <= sample < first + len(values):
+                values[sample - first] = change(values[sample - first])
+        return values
+
+    method.maps = maps
+    return method
+
+
+@pytest.mark.parametrize("change", [lambda m: m * NAN, lambda m: m.index_fill(0, torch.tensor([0]), float("inf"))], ids=["nan", "inf"])
+def test_maps_that_are_not_finite_fail_their_cell_alone_with_their_number_and_the_first(evaluated, make_method, split, change):
+    method, classifier = make_method("cam")
+    results = evaluated(classifier, {"cam": make_method("cam")[0], "spoiled": spoil(method, change)})
+    assert results["cam"].rows.map_cosines_true is not None
+    assert isinstance(results["spoiled"], Unusable)
+    assert (
+        f"maps of 2 of 27 samples hold NaN or infinite values, the first that of sample {split.reader.keys[3]}" in results["spoiled"].reason
+    )
+
+
+def test_the_variant_official_counts_them_as_zeros_and_says_how_many(evaluated, make_method):
+    method, classifier = make_method("cam")
+    method.variant = "official"
+    rows = evaluated(classifier, {"cam": spoil(method, lambda m: m * NAN)})["cam"].rows
+    counts = compute_metrics(rows, classes=tuple("abcdefg"), expressive=[False] + [True] * 6)["maps"]
+    assert counts["true"] == {"samples": 27, "constant": 0, "not_finite": 2}
+    assert np.nan_to_num(rows.map_cosines_true[[3, 7]]).tolist() == [0, 0]
+
+
+def test_constant_maps_count_as_zeros_and_are_counted(evaluated, make_method):
+    method, classifier = make_method("cam")
+    result = evaluated(classifier, {"cam": spoil(method, torch.ones_like, of=range(5))})["cam"]
+    counts = compute_metrics(result.rows, classes=tuple("abcdefg"), expressive=[False] + [True] * 6)["maps"]
+    assert counts["true"] == {"samples": 27, "constant": 5, "not_finite": 0}
+
+
+@pytest.mark.parametrize(
+    ("values", "span"),
+    [([[0.0, 1.0], [2.0, 5.0]], 5.0), ([[3.0, 3.0], [3.0, 3.0]], 0.0), ([[7.0]], 0.0), ([[0.0, NAN]], NAN), ([[0.0, -float("inf")]], NAN)],
+)
+def test_the_range_of_a_map_tells_constant_ones_and_those_that_are_not_finite(values, span):
+    np.testing.assert_array_equal(map_ranges(torch.tensor([values])), [span])

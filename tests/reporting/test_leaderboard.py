@@ -240,6 +240,21 @@ def test_a_batch_dependent_row_is_marked_in_every_format():
     assert {line["batch_dependent"] for line in csv.DictReader(io.StringIO(render(tables, "csv")))} == {"True"}
 
 
+def test_maps_that_show_no_place_are_counted_beside_the_row_in_every_format():
+    def counted(**counts):
+        return {"metrics": record().metrics | {"maps": {"true": {"samples": 70, "constant": 0, "not_finite": 0} | counts}}}
+
+    tables = build_tables(
+        [record(**counted(constant=12)), record(seed=1, **counted(constant=3, not_finite=1)), record(method="acol", **counted())]
+    )
+    text = render(tables, "md")
+    assert r"CAM \[15 of 140 maps constant, 1 of 140 maps not finite\]" in text
+    assert r"\[maps constant\]: of the true class" in text
+    assert "ACoL \\[" not in text
+    rows = json.loads(render(tables, "json"))["tables"][0]["rows"]
+    assert rows[0]["maps"] == {"samples": 140, "constant": 15, "not_finite": 1}
+
+
 NASTY = r"a_b & 50% #1 $x$ ~y ^z {w} \ <b>|*`\n"
 
 

@@ -161,7 +161,9 @@ def broken_read_out():
     @METHODS.register("broken-test", title="Broken", kind="posthoc", trains_as="cam")
     class Broken(CAM):
         def maps(self, classifier, output, classes):
-            raise RuntimeError("no map today")
+            if len(classes) > 2:  # not in the trial of the plan
+                raise RuntimeError("no map today")
+            return super().maps(classifier, output, classes)
 
     yield
     METHODS._entries.pop("broken-test")
@@ -172,6 +174,22 @@ def test_a_read_out_that_fails_leaves_the_others_of_its_training_alone(go, resul
     assert outcome.trained == 1
     assert [cell.method for cell in outcome.ran] == ["cam"]
     assert outcome.failed == {"synthetic/mini/broken-test/none/seed0": "RuntimeError: no map today"}
+
+
+def test_a_read_out_that_gives_nan_fails_with_their_number_and_leaves_the_others_alone(go, results):
+    @METHODS.register("nan-test", title="NaN", kind="posthoc", trains_as="cam", in_all=False)
+    class Spoiled(CAM):
+        def maps(self, classifier, output, classes):
+            return super().maps(classifier, output, classes) * (float("nan") if len(classes) > 2 else 1)
+
+    try:
+        outcome = go(run__methods=["cam", "nan-test"], run__guidance=["none"])
+    finally:
+        METHODS._entries.pop("nan-test")
+    assert [cell.method for cell in outcome.ran] == ["cam"]
+    (error,) = outcome.failed.values()
+    assert error.startswith("UnusableMapsError: maps of 27 of 27 samples hold NaN or infinite values, the first that of sample 00000000-")
+    assert [record.cell.method for record in records(results)] == ["cam"]
 
 
 def test_a_cell_without_its_marker_is_not_a_result(go, results):
