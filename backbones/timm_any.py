@@ -16,7 +16,7 @@ from timm.layers.format import Format
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from bench.backbone import BACKBONES, Backbone, BackboneOptions, Features
+from bench.backbone import BACKBONES, Backbone, BackboneOptions, Features, traced
 from bench.backbones.deit import TimmViT
 from bench.registry import Member, UnknownEntryError
 from bench.weights import State, load_weights
@@ -137,9 +137,10 @@ class TimmFeatures(Backbone):
     def forward(self, images: Tensor) -> Features:
         """See `Backbone.forward`."""
         maps = self.net(images)
-        if self._channels_last:
-            maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
-        return Features(layers=dict(zip(self.channels, maps, strict=True)))
+        if not self._channels_last:
+            return Features(layers=dict(zip(self.channels, maps, strict=True)))
+        layers = {layer: m.permute(0, 3, 1, 2).contiguous() for layer, m in zip(self.channels, maps, strict=True)}
+        return Features(layers=layers, extras={traced(layer): m for layer, m in zip(self.channels, maps, strict=True)})
 
 
 class TimmPlainViT(TimmViT):

@@ -31,6 +31,13 @@ class BackboneOptions(EntryOptions):
     """``random``, ``imagenet``, or the path of a ``.safetensors`` or ``.pth`` file."""
 
 
+def traced(layer: int) -> str:
+    """Name in `Features.extras` of the tensor (B, h, w, C) that a network computes with, where ``layers[layer]`` is a copy of it in another
+    order: only by the former can what follows be differentiated.
+    """
+    return f"traced/{layer}"
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Features:
     """What a backbone computes for a batch of B images."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from bench.backbone import traced
 from bench.method import METHODS, Classifier, Output
 from bench.methods.cam import CAM
 from bench.methods.gradcam import evidence, weighted_sum
@@ -84,8 +85,24 @@ class LayerCAM(CAM):
             again = classifier(output.images.detach().clone().requires_grad_())
             # In eval mode samples do not meet, so one backward pass of the sum gives each sample its own gradient.
             logit = again.logits.gather(1, classes.clone()[:, None]).sum()
-            taps = [again.layers[layer] for layer in layers]
-            gradients = torch.autograd.grad(logit, taps)
+            taps = [again.extras.get(traced(layer), again.layers[layer]) for layer in layers]
+            gradients = torch.autograd.grad(logit, taps, allow_unused=True)
         return {
-            layer: (gradient.relu() * tap.detach()).sum(dim=1).relu() for layer, tap, gradient in zip(layers, taps, gradients, strict=True)
+            layer: (_by_channels(gradient, again, layer).relu() * again.layers[layer].detach()).sum(dim=1).relu()
+            for layer, gradient in zip(layers, gradients, strict=True)
         }
+
+
+def _by_channels(gradient: Tensor | None, output: Output, layer: int) -> Tensor:
+    """The gradient of the logit by a layer, (B, C, h, w).
+
+    Raises:
+        ValueError: the logit does not depend on the layer.
+    """
+    if gradient is None:
+        last = max(output.layers)
+        raise ValueError(
+            f"methods.layercam.layers names layer {layer}, which the logit does not depend on: the layers of this network stand side by "
+            f"side, and its last alone leads to the classifier; --set methods.layercam.layers=[{last}]"
+        )
+    return gradient.permute(0, 3, 1, 2) if traced(layer) in output.extras else gradient

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from bench.backbone import Backbone
+from bench.backbone import Backbone, traced
 from bench.method import METHODS, Classifier, Method, Output
 from bench.registry import EntryOptions
 
@@ -121,7 +121,7 @@ class PeakPropagation(TorchFunctionMode):
     The sum of the probabilities of a sample is kept by every rule, but for positions that only biases made positive.
 
     Raises:
-        NotImplementedError: by the gradient, where it meets any other operation: there is no rule for it.
+        NoRuleError: by the gradient, where it meets any other operation: there is no rule for it.
     """
 
     def __torch_function__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
@@ -163,17 +163,18 @@ class PeakPropagation(TorchFunctionMode):
         )
 
 
+class NoRuleError(NotImplementedError):
+    """Peak back-propagation cannot come where it is to go."""
+
+
 class _Refuse:
     """Stops a gradient at an operation without a rule, rather than let it pass as something it is not."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __call__(self, gradients: Any) -> None:
-        raise NotImplementedError(
-            f"peak back-propagation has no rule for {self._name!r}, which this backbone uses. Stop at a layer above it "
-            f"(--set methods.prm.response_layer=N), or take the class response map (--set run.variant=official)"
-        )
+    def __call__(self, gradients: Any) -> None:  # noqa: ARG002 - torch's
+        raise NoRuleError(f"peak back-propagation has no rule for {self._name!r}, which this backbone uses")
 
 
 # --- The method ----------------------------------------------------------------------------------------------------------
@@ -210,20 +211,42 @@ class PRMClassifier(Classifier):
             layer: where to stop.
 
         Raises:
-            NotImplementedError: see `PeakPropagation`.
+            NoRuleError: see `PeakPropagation`; names the layers that it can reach.
         """
+        try:
+            return self._propagate(images, classes, window=window, layer=layer)
+        except NoRuleError as error:
+            higher = [number for number in sorted(self.backbone.channels) if number > layer]
+            possible = [number for number in higher if self._reaches(images[:1], classes[:1], window=window, layer=number)]
+            stop = (
+                f"stop at layer {' or '.join(map(str, possible))} (--set methods.prm.response_layer={possible[0]}), or " if possible else ""
+            )
+            raise NoRuleError(f"{error}: {stop}take the class response map (--set run.variant=official)") from None
+
+    def _reaches(self, images: Tensor, classes: Tensor, *, window: int, layer: int) -> bool:
+        try:
+            self._propagate(images, classes, window=window, layer=layer)
+        except NoRuleError:
+            return False
+        return True
+
+    def _propagate(self, images: Tensor, classes: Tensor, *, window: int, layer: int) -> Tensor:
+        """See `peak_response`."""
         assert not self.training
         with torch.inference_mode(False), torch.enable_grad():
             images = images.detach().clone().requires_grad_()
             frozen = {name: parameter.detach() for name, parameter in self.backbone.named_parameters()}
             weight, bias = (parameter.detach() for parameter in self.head.parameters())
             with PeakPropagation():
-                layers = functional_call(self.backbone, frozen, (images,)).layers
+                features = functional_call(self.backbone, frozen, (images,))
+                layers = features.layers
                 class_maps = F.conv2d(layers[self.backbone.last], weight, bias)
             start = valid_peaks(class_maps, window=window) & F.one_hot(classes, len(weight)).bool()[:, :, None, None]
-            target = images if layer == 0 else layers[layer]
-            (response,) = torch.autograd.grad(class_maps, target, start.to(class_maps.dtype))
-        return response.sum(dim=1)
+            target = images if layer == 0 else features.extras.get(traced(layer), layers[layer])
+            (response,) = torch.autograd.grad(class_maps, target, start.to(class_maps.dtype), allow_unused=True)
+        if response is None:
+            raise NoRuleError(f"the class response maps do not depend on layer {layer}: it stands beside the last one, not before it")
+        return response.sum(dim=3 if layer and traced(layer) in features.extras else 1)
 
 
 @METHODS.register(

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.backbone import BACKBONES
 from bench.evaluation.maps import min_max
+from bench.methods.cam import GAPClassifier
 from bench.methods.gradcampp import channel_weights
 from tests.methods import posthoc
 
@@ -253,6 +255,20 @@ def test_layercam_fuses_layers_as_the_paper_says(layers, net):
                 scaled = torch.tanh(2 * scaled)
             expected = torch.maximum(expected, F.interpolate(scaled[None, None], size=(size, size), mode="bilinear")[0, 0])
         same(found, expected)
+
+
+def test_layercam_of_an_earlier_layer_of_a_network_with_channels_last_is_that_of_its_own_tensors():
+    torch.manual_seed(0)
+    backbone = BACKBONES.get("timm:mambaout_femto").target
+    classifier = GAPClassifier(backbone.build(backbone.Options(), image_size=64), num_classes=7).eval()
+    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([1, 5])
+    maps = posthoc.read(posthoc.method("layercam", layers=(3,)), classifier, images, labels)
+    tensors = classifier.backbone.net(images.requires_grad_())  # (B, h, w, C), as timm's network computes with them
+    logits = classifier.head(tensors[-1].mean(dim=(1, 2)))
+    (gradient,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), tensors[2])
+    expected = (gradient.relu() * tensors[2]).sum(dim=3).relu()
+    assert expected.amax() > 0
+    torch.testing.assert_close(maps, expected.detach())
 
 
 def test_layercam_of_an_unknown_layer_says_which_there_are():
