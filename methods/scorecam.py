@@ -45,6 +45,10 @@ class ScoreCAM(CAM):
         chunk: int = Field(default=64, ge=1)
         """Masked pictures a forward pass. No result depends on it."""
 
+    def for_trial(self) -> ScoreCAM:
+        """See `Method.for_trial`."""
+        return ScoreCAM(self.options.model_copy(update={"channels": 2}), variant=self.variant)
+
     @torch.no_grad()
     def maps(self, classifier: Classifier, output: Output, classes: Tensor) -> Tensor:
         """See `Method.maps`."""

@@ -43,6 +43,10 @@ class SmoothGradCAMPlusPlus(CAM):
         seed: int = Field(default=0, ge=0)
         """Of the noise."""
 
+    def for_trial(self) -> SmoothGradCAMPlusPlus:
+        """See `Method.for_trial`."""
+        return SmoothGradCAMPlusPlus(self.options.model_copy(update={"samples": 1}), variant=self.variant)
+
     @torch.no_grad()
     def maps(self, classifier: Classifier, output: Output, classes: Tensor) -> Tensor:
         """See `Method.maps`."""

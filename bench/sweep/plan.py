@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch
-
+from bench.au.maps import expression_ids
 from bench.config import ConfigError, Settings
-from bench.dataset import DATASETS
-from bench.matrix import Matrix, Planned, Training, build_matrix, check_sections, check_world, tell_apart
+from bench.dataset import DATASETS, EXPRESSIONS
+from bench.matrix import Matrix, Planned, build_matrix, check_sections, check_world, tell_apart
 from bench.sweep.datasets import Source, check_splits, resolve_dataset
 from bench.sweep.store import Store
-from bench.training.build import build_classifier, build_reader
+from bench.sweep.trial import try_out
+from bench.training.build import build_reader
 from bench.training.engine import check_engine
+
+FEW = 0.5
+"""Share of the training faces with an AU map below which guidance is warned of."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +57,9 @@ def make_plan(settings: Settings, *, world_size: int = 1, only: Sequence[str] = 
     for source in sources.values():
         check_splits(source, needed=("train", "test") if config.run.protocol == "test-selected" else ("train", "val", "test"))
     matrix = only_trainings(matrix, only) if only else matrix
-    check_buildable(matrix)
+    check_readers(matrix)
+    check_guidance(sources.values(), matrix)
+    try_out((planned, _count_classes(planned, sources)) for planned in matrix.trainings)
     check_engine((planned.training for planned in matrix.trainings), config.train)
     store = Store(config.run.results)
     return Plan(settings=settings, sources=sources, matrix=matrix, done=frozenset(c.key for c in matrix.cells if store.is_done(c)))
@@ -89,39 +97,49 @@ def only_trainings(matrix: Matrix, keys: Sequence[str]) -> Matrix:
     return Matrix(cells=tuple(cell for cell in matrix.cells if cell.training.key in chosen))
 
 
-def check_buildable(matrix: Matrix) -> None:
-    """Build every different network of the plan once, without memory where it has no pretrained weights to load.
+def check_readers(matrix: Matrix) -> None:
+    """Build every read-out of the plan with its options.
 
     Raises:
-        ConfigError: an option, image size or guided layer that the network does not have.
-        FileNotFoundError: pretrained weights that are not there.
+        ConfigError: an option that the method refuses.
     """
-    seen: set[str] = set()
-    for training, cells in matrix.trainings:
-        for cell in cells:
-            build_reader(cell)
-        identity = repr(
-            (training.trains_as, training.method_options, training.backbone, training.backbone_options, training.settings["images"])
-        )
-        layers = _layers(training) if identity not in seen or "guidance" in training.settings else None
-        seen.add(identity)
-        wanted = training.settings.get("guidance", {}).get("layers", ())
-        absent = [layer for layer in wanted if layers is not None and layer not in layers]
-        if layers is not None and absent:
-            raise ConfigError(
-                f"guidance.layers = {wanted}: {training.backbone} has no layer {absent[0]}; it has {', '.join(map(str, sorted(layers)))}"
+    for cell in matrix.cells:
+        build_reader(cell)
+
+
+def check_guidance(sources: Iterable[Source], matrix: Matrix) -> None:
+    """Look whether the guided cells of a plan have something to be guided by; a warning where fewer than half of the faces have.
+
+    Raises:
+        ConfigError: a dataset whose training split has no AU map.
+    """
+    guided = {planned.training.dataset.fingerprint for planned in matrix.trainings if planned.training.guidance != "none"}
+    for source in sources:
+        if source.index is None or source.index.fingerprint not in guided:
+            continue
+        index = source.index
+        counts = index.splits["train"].class_counts
+        ids = dict(zip(index.classes, expression_ids(index.classes).tolist(), strict=True))
+        faces = sum(counts[name] for name in index.classes if ids[name] > 0)
+        without = int(index.provenance.get("samples_without_landmarks", {}).get("train", 0))
+        if not faces or without >= sum(counts.values()):
+            why = (
+                f"none of its classes ({', '.join(index.classes)}) is an expression with action units; those are "
+                f"{', '.join(EXPRESSIONS[1:])}: name the classes so and prepare it again"
+                if not faces
+                else "no picture of its training split has landmarks: prepare it with landmarks (bench data prepare --help)"
             )
+            raise ConfigError(f"dataset {source.name}: there is nothing to guide by: {why}, or leave guidance out: --guidance none")
+        # Landmarks are counted for the whole split, and taken to be missing in all its classes alike.
+        share = faces / sum(counts[name] for name in index.classes if ids[name] != 0) * (1 - without / sum(counts.values()))
+        if share < FEW:
+            _log.warning("dataset %s: about %.0f %% of its training faces have an AU map to be guided by", source.name, 100 * share)
 
 
-def _layers(training: Training) -> set[int]:
-    pretrained = training.backbone_options.get("weights", "random") != "random"
-    try:
-        if pretrained:
-            return set(build_classifier(training, num_classes=7).backbone.channels)
-        with torch.device("meta"):
-            return set(build_classifier(training, num_classes=7).backbone.channels)
-    except ValueError as error:
-        raise ConfigError(f"{training.trains_as} on {training.backbone}: {error}") from error
+def _count_classes(planned: Planned, sources: Mapping[str, Source]) -> int:
+    fingerprint = planned.training.dataset.fingerprint
+    counts = [len(source.index.classes) for source in sources.values() if source.index and source.index.fingerprint == fingerprint]
+    return counts[0] if counts else len(EXPRESSIONS)  # not prepared yet: its plan is made again when it is
 
 
 def _check_dataset_tables(settings: Settings) -> None:

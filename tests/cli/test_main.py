@@ -99,7 +99,9 @@ def test_a_failed_cell_gives_exit_code_1_and_its_reason(run_bench, project):
     (project / "bad.py").write_text(
         "from bench.method import METHODS\nfrom bench.methods.cam import CAM\n"
         "@METHODS.register('bad', title='Bad', kind='posthoc', trains_as='cam')\n"
-        "class Bad(CAM):\n    def maps(self, classifier, output, classes):\n        raise RuntimeError('no map today')\n"
+        "class Bad(CAM):\n    def maps(self, classifier, output, classes):\n"
+        "        if len(classes) > 2:\n            raise RuntimeError('no map today')\n"
+        "        return super().maps(classifier, output, classes)\n"
     )
     done = run_bench("run", "--plugin", "bad.py", "--methods", "cam,bad", "--guidance", "none", "--seeds", "0", cwd=project)
     assert done.returncode == 1

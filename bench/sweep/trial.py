@@ -1,0 +1,155 @@
+"""One step of training and one reading of two made-up pictures, for every network of a plan: what cannot be is found before hours of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from bench.backbone import BACKBONES
+from bench.config import ConfigError
+from bench.draws import drawing
+from bench.evaluation.contract import check_output
+from bench.evaluation.maps import map_ranges, read_maps
+from bench.matrix import Cell, Planned, Training
+from bench.method import METHODS, Batch, Classifier, Output
+from bench.training.build import build_classifier, build_method, build_reader
+from bench.training.task import GuidanceTerm, TrainingTask, guided_share
+from bench.weights import without_loading
+
+PICTURES = 2
+"""As few as batch statistics allow."""
+GRID = 28
+"""Side of the made-up AU maps."""
+
+LARGEST = 300_000_000
+"""Parameters of a network that is tried: the plan may be made on a machine that is none for a larger one."""
+
+_log = logging.getLogger(__name__)
+
+_passed: set[tuple[object, ...]] = set()
+"""What has been tried in this process: a run makes its plan again when its data are prepared."""
+
+
+def try_out(plan: Iterable[tuple[Planned, int]]) -> None:
+    """Train every different network of a plan for one step, and read the maps of all its cells; on the CPU, with two pictures of noise.
+
+    Args:
+        plan: trainings with the cells they serve, and the number of classes of their data.
+
+    Raises:
+        ConfigError: all that fails, and what of the plan works.
+        FileNotFoundError: pretrained weights that are not there.
+    """
+    problems: dict[str, str] = {}
+    works: list[str] = []
+    for (training, cells), num_classes in plan:
+        identities = {_identity(training, cell, num_classes): cell for cell in cells}
+        new = tuple(cell for identity, cell in identities.items() if identity not in _passed)
+        failed = {method: text for method, text in _try(training, new, num_classes=num_classes).items() if text} if new else {}
+        for identity, cell in identities.items():
+            name = f"{cell.method} on {training.backbone}"
+            if cell.method in failed:
+                problems.setdefault(name, failed[cell.method])
+            else:
+                works.append(name)
+                _passed.add(identity)
+    if problems:
+        lines = [f"{name}: {text}" for name, text in problems.items()]
+        possible = f"\nof this plan, these work: {', '.join(dict.fromkeys(works))}" if works else ""
+        raise ConfigError("\n".join(lines) + possible)
+
+
+def _identity(training: Training, cell: Cell, num_classes: int) -> tuple[object, ...]:
+    """What decides how a trial goes. The classes too: a plugin may be registered anew under its old name."""
+    settings = [training.method_options, training.backbone_options, training.settings["images"], training.settings.get("guidance")]
+    targets = (METHODS.get(cell.method).target, METHODS.get(training.trains_as).target, BACKBONES.get(training.backbone).target)
+    return (*targets, training.backbone, training.variant, num_classes, repr([*settings, cell.method_options]))
+
+
+def _try(training: Training, cells: Iterable[Cell], *, num_classes: int) -> Mapping[str, str]:
+    """Method -> what is wrong, empty if nothing is."""
+    try:
+        with torch.device("meta"), without_loading():
+            outline = build_classifier(training, num_classes=num_classes)
+        _check_guided_layers(training, outline)
+        parameters = sum(parameter.numel() for parameter in outline.parameters())
+        if parameters > LARGEST:
+            _log.info("%s has %.0f million parameters: it is not tried before the run", training.backbone, parameters / 1e6)
+            return {cell.method: "" for cell in cells}
+        classifier = build_classifier(training, num_classes=num_classes)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{training.trains_as} on {training.backbone}: {error}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        side = int(training.settings["images"]["size"])
+        batch = Batch(
+            positions=torch.arange(PICTURES),
+            seeds=torch.arange(PICTURES),
+            images=torch.randn(PICTURES, 3, side, side),
+            labels=torch.arange(PICTURES) % num_classes,
+            au_maps=torch.rand(PICTURES, GRID, GRID),
+            au_valid=torch.ones(PICTURES, dtype=torch.bool),
+        )
+        try:
+            _step(training, classifier, batch, num_classes=num_classes)
+        except Exception as error:  # noqa: BLE001 - whatever an entry's own code raises
+            return {cell.method: f"one step of training fails: {_words(error)}" for cell in cells}
+        return {cell.method: _read(cell, classifier, batch, num_classes=num_classes) for cell in cells}
+
+
+def _check_guided_layers(training: Training, classifier: Classifier) -> None:
+    layers = classifier.backbone.channels
+    wanted = training.settings.get("guidance", {}).get("layers", ())
+    absent = [layer for layer in wanted if layer not in layers]
+    if absent:
+        raise ConfigError(
+            f"guidance.layers = {wanted}: {training.backbone} has no layer {absent[0]}; it has {', '.join(map(str, sorted(layers)))}"
+        )
+
+
+def _step(training: Training, classifier: Classifier, batch: Batch, *, num_classes: int) -> None:
+    """As `bench.training.trainer` does it, without the optimiser."""
+    method, guidance = build_method(training), training.settings.get("guidance")
+    term = GuidanceTerm(weight=guidance["weight"], layers=tuple(guidance["layers"])) if guidance else None
+    task = TrainingTask(classifier.train(), method, term)
+    batch = method.mix(batch)
+    with torch.enable_grad(), drawing(seed=0, step=0, samples=batch.seeds):
+        outputs: list[Output] = []
+        hook = classifier.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        try:
+            result = task(batch, guided_share(PICTURES, parts=1))
+        finally:
+            hook.remove()
+            if outputs:  # said in the words of the contract, where the loss stumbles over it
+                check_output(outputs[0], classifier, samples=PICTURES, num_classes=num_classes)
+        loss = result["loss"]
+        if not bool(loss.isfinite()):
+            raise ValueError(f"the loss is {float(loss)}")
+        loss.backward()
+
+
+def _read(cell: Cell, classifier: Classifier, batch: Batch, *, num_classes: int) -> str:
+    """As the evaluation does it; what is wrong, empty if nothing is."""
+    method = build_reader(cell).for_trial()
+    classifier.eval()
+    try:
+        with torch.enable_grad() if method.needs_grad else torch.inference_mode():
+            output = classifier(batch.images)
+            check_output(output, classifier, samples=PICTURES, num_classes=num_classes)
+            output.images = batch.images
+            maps = read_maps(method, classifier, output, batch.labels)
+        if method.variant != "official" and bool(map_ranges(maps).isnan().any()):
+            return "its maps hold NaN or infinite values"
+    except Exception as error:  # noqa: BLE001 - whatever an entry's own code raises
+        return f"its maps cannot be read: {_words(error)}"
+    return ""
+
+
+def _words(error: Exception) -> str:
+    """Our own messages as they are; of other errors the kind, too."""
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    return text if isinstance(error, ValueError | NotImplementedError) else f"{type(error).__name__}: {text}"
