@@ -40,7 +40,7 @@ def gallery(
     from bench.sweep.plan import make_plan
 
     settings = options.settings_from(context)
-    plan = make_plan(settings)
+    plan = make_plan(settings, trial=False)
     name, seed = settings.config.run.datasets[0], settings.config.run.seeds[0]
     source = plan.sources[name]
     if source.index is None:

@@ -135,7 +135,7 @@ def spawn(context: typer.Context, launch: Launch, plan: Plan, *, only: tuple[str
             ended = report.Report(status=REQUEUE, message=str(error))
         else:
             ended = _start(context, launch, names, plan, stop)
-    now = make_plan(plan.settings, world_size=launch.world_size, only=only)
+    now = make_plan(plan.settings, world_size=launch.world_size, only=only, trial=False)
     status = 0 if len(now.done) == len(now.matrix.cells) else ended.status
     if ended.message:
         _say(f"{ended.message}." + (" The same command goes on from here." if status in (1, REQUEUE) else ""))

@@ -76,7 +76,9 @@ def run(
         from bench.training.engine import Engine
 
         launch = launching.choose_launch(context)
-        made = make_plan(settings, world_size=launch.world_size, only=(chosen := tuple(only.split(",") if only else ())))
+        chosen = tuple(only.split(",") if only else ())
+        # Who has started this process has tried everything.
+        made = make_plan(settings, world_size=launch.world_size, only=chosen, trial=not launching.reports())
     if stop.reason is not None:
         _say(f"[yellow]stopped[/] by {stop.reason} before anything was begun.")
         raise typer.Exit(REQUEUE)
@@ -130,7 +132,7 @@ def _carry_out(plan: Plan, engine: Engine, *, plugins: tuple[str, ...], wait: bo
             with engine.together():
                 if engine.is_main:
                     prepare_missing(plan.sources.values(), observer=observer, plugins=plugins, stop=engine.stop)
-            plan = make_plan(plan.settings, world_size=engine.world_size, only=only)
+            plan = make_plan(plan.settings, world_size=engine.world_size, only=only, trial=not launching.reports())
         outcome = run_plan(plan, engine=engine, observer=observer, wait=wait)
     finally:
         end_display()

@@ -12,7 +12,7 @@ from bench.dataset import DATASETS, EXPRESSIONS
 from bench.matrix import Matrix, Planned, build_matrix, check_sections, check_world, tell_apart
 from bench.sweep.datasets import Source, check_splits, resolve_dataset
 from bench.sweep.store import Store
-from bench.sweep.trial import try_out
+from bench.sweep.trial import outline, try_out
 from bench.training.build import build_reader
 from bench.training.engine import check_engine
 
@@ -39,13 +39,14 @@ class Plan:
         return tuple(planned for planned in open_cells if planned.cells)
 
 
-def make_plan(settings: Settings, *, world_size: int = 1, only: Sequence[str] = ()) -> Plan:
+def make_plan(settings: Settings, *, world_size: int = 1, only: Sequence[str] = (), trial: bool = True) -> Plan:
     """Resolve and check everything.
 
     Args:
         settings: validated.
         world_size: processes of one training.
         only: see `only_trainings`; empty = all.
+        trial: whether to try out what is still to be done, see `bench.sweep.trial`; seconds for each network of usual size.
 
     Raises:
         ConfigError: with origin, key, value, and what would do.
@@ -59,10 +60,13 @@ def make_plan(settings: Settings, *, world_size: int = 1, only: Sequence[str] = 
     matrix = only_trainings(matrix, only) if only else matrix
     check_readers(matrix)
     check_guidance(sources.values(), matrix)
-    try_out((planned, _count_classes(planned, sources)) for planned in matrix.trainings)
     check_engine((planned.training for planned in matrix.trainings), config.train)
     store = Store(config.run.results)
-    return Plan(settings=settings, sources=sources, matrix=matrix, done=frozenset(c.key for c in matrix.cells if store.is_done(c)))
+    plan = Plan(settings=settings, sources=sources, matrix=matrix, done=frozenset(c.key for c in matrix.cells if store.is_done(c)))
+    check_layers(matrix)
+    if trial:
+        try_out((planned, _count_classes(planned, sources)) for planned in plan.to_do)
+    return plan
 
 
 def read_matrix(settings: Settings) -> tuple[Mapping[str, Source], Matrix]:
@@ -105,6 +109,25 @@ def check_readers(matrix: Matrix) -> None:
     """
     for cell in matrix.cells:
         build_reader(cell)
+
+
+def check_layers(matrix: Matrix) -> None:
+    """Look whether every network of the plan can be built, and has the layers that are guided; without memory.
+
+    Raises:
+        ConfigError: an option, image size or guided layer that the network does not have.
+    """
+    seen: dict[str, set[int]] = {}
+    for training, _ in matrix.trainings:
+        identity = repr([getattr(training, name) for name in ("trains_as", "method_options", "variant", "backbone", "backbone_options")])
+        identity += repr(training.settings["images"])
+        if identity not in seen:
+            seen[identity] = set(outline(training).backbone.channels)
+        wanted = training.settings.get("guidance", {}).get("layers", ())
+        absent = [layer for layer in wanted if layer not in seen[identity]]
+        if absent:
+            known = ", ".join(map(str, sorted(seen[identity])))
+            raise ConfigError(f"guidance.layers = {wanted}: {training.backbone} has no layer {absent[0]}; it has {known}")
 
 
 def check_guidance(sources: Iterable[Source], matrix: Matrix) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from bench.backbone import BACKBONES
 from bench.config import ConfigError
+from bench.dataset import EXPRESSIONS
 from bench.draws import drawing
 from bench.evaluation.contract import check_output
 from bench.evaluation.maps import map_ranges, read_maps
@@ -44,9 +45,10 @@ def try_out(plan: Iterable[tuple[Planned, int]]) -> None:
     """
     problems: dict[str, str] = {}
     works: list[str] = []
-    for (training, cells), num_classes in plan:
+    # What is guided comes first: it does all that is done without guidance, which then need not be tried.
+    for (training, cells), num_classes in sorted(plan, key=lambda entry: entry[0].training.guidance == "none"):
         identities = {_identity(training, cell, num_classes): cell for cell in cells}
-        new = tuple(cell for identity, cell in identities.items() if identity not in _passed)
+        new = tuple(cell for identity, cell in identities.items() if not {identity, (*identity[:-1], True)} & _passed)
         failed = {method: text for method, text in _try(training, new, num_classes=num_classes).items() if text} if new else {}
         for identity, cell in identities.items():
             name = f"{cell.method} on {training.backbone}"
@@ -61,28 +63,37 @@ def try_out(plan: Iterable[tuple[Planned, int]]) -> None:
         raise ConfigError("\n".join(lines) + possible)
 
 
+def outline(training: Training) -> Classifier:
+    """The network of a training without memory, and without the weights it starts from.
+
+    Raises:
+        ConfigError: an option or image size that cannot be.
+    """
+    try:
+        with torch.device("meta"), without_loading():
+            return build_classifier(training, num_classes=len(EXPRESSIONS))
+    except ValueError as error:
+        raise ConfigError(f"{training.trains_as} on {training.backbone}: {error}") from error
+
+
 def _identity(training: Training, cell: Cell, num_classes: int) -> tuple[object, ...]:
-    """What decides how a trial goes. The classes too: a plugin may be registered anew under its old name."""
-    settings = [training.method_options, training.backbone_options, training.settings["images"], training.settings.get("guidance")]
+    """What decides how a trial goes, at the end whether it is guided. The types too: a plugin may be registered anew under its name."""
+    settings = [training.method_options, training.backbone_options, training.settings["images"], cell.method_options]
     targets = (METHODS.get(cell.method).target, METHODS.get(training.trains_as).target, BACKBONES.get(training.backbone).target)
-    return (*targets, training.backbone, training.variant, num_classes, repr([*settings, cell.method_options]))
+    return (*targets, training.backbone, training.variant, num_classes, repr(settings), training.guidance != "none")
 
 
 def _try(training: Training, cells: Iterable[Cell], *, num_classes: int) -> Mapping[str, str]:
     """Method -> what is wrong, empty if nothing is."""
+    parameters = sum(parameter.numel() for parameter in outline(training).parameters())
+    pretrained = training.backbone_options.get("weights", "random") != "random"
     try:
-        with torch.device("meta"), without_loading():
-            outline = build_classifier(training, num_classes=num_classes)
-        _check_guided_layers(training, outline)
-        parameters = sum(parameter.numel() for parameter in outline.parameters())
-        if parameters > LARGEST:
-            _log.info("%s has %.0f million parameters: it is not tried before the run", training.backbone, parameters / 1e6)
-            return {cell.method: "" for cell in cells}
-        classifier = build_classifier(training, num_classes=num_classes)
-    except ConfigError:
-        raise
+        classifier = build_classifier(training, num_classes=num_classes) if parameters <= LARGEST or pretrained else None
     except ValueError as error:
         raise ConfigError(f"{training.trains_as} on {training.backbone}: {error}") from error
+    if parameters > LARGEST or classifier is None:
+        _log.info("%s has %.0f million parameters: it is not tried before the run", training.backbone, parameters / 1e6)
+        return {cell.method: "" for cell in cells}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         side = int(training.settings["images"]["size"])
@@ -99,16 +110,6 @@ def _try(training: Training, cells: Iterable[Cell], *, num_classes: int) -> Mapp
         except Exception as error:  # noqa: BLE001 - whatever an entry's own code raises
             return {cell.method: f"one step of training fails: {_words(error)}" for cell in cells}
         return {cell.method: _read(cell, classifier, batch, num_classes=num_classes) for cell in cells}
-
-
-def _check_guided_layers(training: Training, classifier: Classifier) -> None:
-    layers = classifier.backbone.channels
-    wanted = training.settings.get("guidance", {}).get("layers", ())
-    absent = [layer for layer in wanted if layer not in layers]
-    if absent:
-        raise ConfigError(
-            f"guidance.layers = {wanted}: {training.backbone} has no layer {absent[0]}; it has {', '.join(map(str, sorted(layers)))}"
-        )
 
 
 def _step(training: Training, classifier: Classifier, batch: Batch, *, num_classes: int) -> None:

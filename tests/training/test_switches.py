@@ -16,8 +16,8 @@ from bench.evaluation.maps import read_maps
 from bench.matrix import Training
 from bench.method import METHODS
 from bench.sweep.plan import make_plan
-from bench.sweep.trial import PICTURES
 from bench.sweep.store import Store, read_cell_rows, read_records
+from bench.sweep.trial import PICTURES
 from bench.training.average import WeightAverage
 from bench.training.build import build_classifier, build_reader
 from bench.training.engine import CUBLAS, Engine, check_engine
