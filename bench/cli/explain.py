@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,9 @@ def explain(
     *,
     checkpoint: Annotated[
         Path,
-        typer.Option(help="Folder of a training, <results>/trainings/<hash>, or of a cell, <results>/cells/.../seed0-<hash>."),
+        typer.Option(
+            help="Folder of a training, <results>/trainings/<hash>, or of a cell, <results>/cells/.../seed0-<hash>; or a file in it."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write: new, or empty.", file_okay=False)] = Path("explanations"),
     methods: Annotated[
@@ -36,8 +39,8 @@ def explain(
         bool | None,
         typer.Option(
             "--align/--no-align",
-            help="Turn and cut the face by its landmarks, or keep the whole picture: as the training's pictures were. "
-            "Default: align where the face is searched for.",
+            help="Turn and cut the face by its landmarks, or keep the whole picture. Default: as the training's pictures were; align where "
+            "the face is searched for.",
             show_default=False,
         ),
     ] = None,
@@ -46,7 +49,8 @@ def explain(
 ) -> None:
     """Show what a trained network sees in pictures: prediction, overlays of all maps, and explanation.json with the figures.
 
-    Exit status 0: all is done, 1: some pictures could not be explained, 2: nothing could be.
+    A picture is prepared as those that the network was trained with: to the same size, with the same borders, in the same quality.
+    Exit status 0: all is done, 1: some pictures or maps could not be explained, 2: nothing could be, and nothing is written.
     """
     from rich.console import Console
 
@@ -67,32 +71,48 @@ def explain(
     sources, failed = find_pictures(pictures)
     console = Console()
 
-    def tell(line: str, style: str | None = None) -> None:
+    def say(line: str, style: str | None = None) -> None:
         console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
     for lost in failed:
-        tell(f"{lost.path}: {lost.reason}", "red")
-    unseen = 0
-    for one in explain_pictures(
+        say(f"{lost.path}: {lost.reason}", "red")
+    if restored.preparation is None:
+        say("this training does not say how its pictures were prepared (older version): taken whole, at the usual size", "yellow")
+    done, without_landmarks, spoiled = 0, 0, 0
+    unlike: Counter[str] = Counter()
+    for result in explain_pictures(
         sources,
         restored,
         methods=readers,
         classes=classes or (),
         landmarks=source,
-        align=source.finds if align is None else align,
+        # Where a face is searched for, the picture may be a whole photograph, of which the training has seen no like.
+        align=True if align is None and source.finds else align,
         device=Engine(device="cpu" if device == "cpu" else "auto").device,
         out=out,
         failed=failed,
     ):
-        if isinstance(one, Failed):
-            failed.append(one)
-            tell(f"{one.path}: {one.reason}", "red")
+        if isinstance(result, Failed):
+            failed.append(result)
+            say(f"{result.path}: {result.reason}", "red")
             continue
-        unseen += not one.facts["landmarks"]
-        likely = sorted(one.facts["probabilities"].items(), key=lambda item: -item[1])[:3]
-        tell(f"{one.source.path}: {', '.join(f'{name} {share:.1%}' for name, share in likely)}; {out / one.source.name}")
-    if unseen:
-        tell(f"without landmarks: {unseen}, taken as a face crop, resized and centre-cropped; no AU map can be drawn", "yellow")
-    tell(f"wrote {out / REPORT}: {', '.join(readers)}", "green")
-    if failed:
+        done += 1
+        facts = result.facts
+        without_landmarks += not facts["landmarks"]
+        unlike.update(filter(None, [facts["unlike_training"]]))
+        likely = sorted(facts["probabilities"].items(), key=lambda item: -item[1])[:3]
+        say(f"{result.source.path}: {', '.join(f'{name} {share:.1%}' for name, share in likely)}; {out / result.source.name}")
+        for entry in facts["maps"]:
+            if "error" in entry:
+                spoiled += 1
+                say(f"{result.source.path}: {entry['method']}, class {entry['class']}: {entry['error']}", "red")
+    if without_landmarks:
+        say(f"without landmarks: {without_landmarks}; no AU map can be drawn", "yellow")
+    for words, count in unlike.items():
+        say(f"not prepared as the training's pictures: {count}: {words}", "yellow")
+    if not done:
+        say("nothing was explained, and nothing is written", "red")
+        raise typer.Exit(2)
+    say(f"wrote {out / REPORT}: {', '.join(readers)}", "green")
+    if failed or spoiled:
         raise typer.Exit(1)

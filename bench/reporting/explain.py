@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from bench import __version__
@@ -26,7 +26,9 @@ from bench.data.alignment import align_face, carry_over
 from bench.data.atomic import write_bytes_atomic, write_json_atomic
 from bench.data.landmark_table import LandmarkTable
 from bench.data.landmarks import WEIGHTS, describe_source, open_landmarker
-from bench.data.pictures import decode_picture, letterbox, orient_landmarks
+from bench.data.pictures import decode_picture, orient_landmarks
+from bench.data.preparation import Preparation, store_picture
+from bench.data.samples import decode_jpeg
 from bench.data.transforms import eval_images, eval_landmarks
 from bench.dataset import BadPictureError
 from bench.evaluation.maps import check_finite, map_cosines, min_max, read_maps, upsample
@@ -37,13 +39,13 @@ from bench.reporting.gallery import overlay
 from bench.sweep.record import parse_record
 from bench.sweep.restore import Restored, restore
 from bench.sweep.store import RECORD
+from bench.training.trainer import TRAINED
 
-SIDE = 256
-"""Of the prepared face, in pixels: that of prepared datasets, where their options do not say otherwise."""
 BATCH = 16
 REPORT = "explanation.json"
+NOT_FINITE = "the map holds NaN or infinite values"
 
-Prepared = Literal["aligned", "letterboxed", "centre-cropped"]
+Prepared = Literal["aligned", "letterboxed"]
 Points = npt.NDArray[np.float64]
 
 _LONGEST_NAME = 100
@@ -62,10 +64,12 @@ class Source:
 class _Face:
     source: Source
     image: npt.NDArray[np.uint8]
-    """(SIDE, SIDE, 3)."""
+    """(size, size, 3), as it would be stored in a shard."""
     landmarks: Points | None
     """(68, 2) in pixels of ``image``."""
     prepared: Prepared
+    unlike: str
+    """In what this differs from what was done to the pictures of the training; empty if in nothing."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +92,16 @@ class Failed:
 def open_training(folder: Path) -> Restored:
     """The network of a training's folder, or of a cell's: its training lies in the same results folder.
 
+    Args:
+        folder: or a file in it.
+
     Raises:
         FileNotFoundError: no finished training is there.
         ValueError: see `bench.sweep.restore.restore`, or a record that cannot be read.
     """
+    if folder.is_file():
+        holders = (place for place in folder.parents if (place / RECORD).is_file() or (place / TRAINED).is_file())
+        folder = next(holders, folder.parent)
     if not (folder / RECORD).is_file():
         return restore(folder)
     try:
@@ -182,6 +192,11 @@ class LandmarkSource:
 
         A file's rows are looked up by the path relative to the file, and by the bare name.
 
+        Args:
+            path: of the picture.
+            image: its pixels, (height, width, 3), upright.
+            orientation: by which the coordinates of a file's row are turned, 1 to 8 (EXIF); 1 where they count upright pixels.
+
         Raises:
             BadPictureError: a face was searched for, and not found; or the row cannot be used.
         """
@@ -208,31 +223,47 @@ def five_points(landmarks: Points) -> Points:
     return np.stack([landmarks[36:42].mean(axis=0), landmarks[42:48].mean(axis=0), landmarks[30], landmarks[48], landmarks[54]])
 
 
-def prepare_face(source: Source, landmarks: LandmarkSource, *, align: bool) -> _Face:
-    """Read a picture and bring its face to SIDE x SIDE, as preparing a dataset does.
+def prepare_face(source: Source, landmarks: LandmarkSource, *, preparation: Preparation, align: bool | None) -> _Face:
+    """Read a picture and bring its face to the square that preparing a dataset would store.
 
     Args:
         source: the picture.
         landmarks: where they come from.
-        align: where there are landmarks, turn, scale and cut by them; else the whole picture is kept, with black borders.
+        preparation: of the training's pictures.
+        align: turn, scale and cut by the landmarks (True), or keep the whole picture with black borders (False); None: as the training's
+            pictures were. Where there are no landmarks the whole picture is kept.
 
     Raises:
         BadPictureError: it is no picture, or its landmarks cannot be used.
         OSError: it cannot be read.
     """
     image, orientation = decode_picture(source.path.read_bytes())
-    points = landmarks.points(source.path, image, orientation=orientation)
-    if points is None:
-        cropped = ImageOps.fit(Image.fromarray(image), (SIDE, SIDE), Image.Resampling.LANCZOS)
-        return _Face(source=source, image=np.asarray(cropped), landmarks=None, prepared="centre-cropped")
-    if not align:
-        square, points = letterbox(image, points, size=SIDE)
-        return _Face(source=source, image=square, landmarks=points, prepared="letterboxed")
-    try:
-        aligned = align_face(image, five_points(points), size=SIDE)
-    except ValueError as error:
-        raise BadPictureError(f"cannot be aligned by its landmarks: {error}") from error
-    return _Face(source=source, image=aligned.image, landmarks=carry_over(points, aligned.matrix), prepared="aligned")
+    points = landmarks.points(source.path, image, orientation=orientation if preparation.landmark_frame == "stored" else 1)
+    aligned = (preparation.alignment is not None) if align is None else align
+    aligned = aligned and points is not None
+    if aligned:
+        assert points is not None
+        try:
+            image, matrix = align_face(image, five_points(points), size=preparation.size)
+        except ValueError as error:
+            raise BadPictureError(f"cannot be aligned by its landmarks: {error}") from error
+        points = carry_over(points, matrix)
+    stored = store_picture(image, points, size=preparation.size, quality=preparation.quality)
+    return _Face(
+        source=source,
+        image=decode_jpeg(stored.jpg).permute(1, 2, 0).numpy(),
+        landmarks=stored.landmarks,
+        prepared="aligned" if aligned else "letterboxed",
+        unlike=_unlike(preparation, aligned=aligned),
+    )
+
+
+def _unlike(preparation: Preparation, *, aligned: bool) -> str:
+    if preparation.alignment is None:
+        return "aligned by its landmarks; the training's pictures were kept whole" if aligned else ""
+    if aligned:
+        return "aligned by the means of its 68 landmarks; the training's pictures by five points that people have set"
+    return f"kept whole; the training's pictures were aligned ({preparation.alignment})"
 
 
 def explain(
@@ -242,7 +273,7 @@ def explain(
     methods: Mapping[str, Method],
     classes: Sequence[str] = (),
     landmarks: LandmarkSource,
-    align: bool,
+    align: bool | None,
     device: torch.device,
     out: Path,
     failed: Sequence[Failed] = (),
@@ -257,7 +288,7 @@ def explain(
         landmarks: where they come from.
         align: see `prepare_face`.
         device: to compute on.
-        out: a folder that is empty, or is not there yet.
+        out: a folder that is empty, or is not there yet. It is made with the first picture: if none can be explained, nothing is written.
         failed: what could not be explained before, for the report.
 
     Yields:
@@ -271,7 +302,6 @@ def explain(
             raise ValueError(f"--class {name}: this network does not know it.{did_you_mean(name, restored.classes)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is there already and is not an empty folder; nothing is overwritten: choose another")
-    out.mkdir(parents=True, exist_ok=True)
     network = _Network(restored, methods, device)
     wanted = [restored.classes.index(name) for name in classes]
     done: list[Explained] = []
@@ -280,13 +310,15 @@ def explain(
         faces: list[_Face] = []
         for source in sources[start : start + BATCH]:
             try:
-                faces.append(prepare_face(source, landmarks, align=align))
+                faces.append(prepare_face(source, landmarks, preparation=network.preparation, align=align))
             except (BadPictureError, OSError) as error:
                 lost.append(Failed(path=source.path, reason=str(error)))
                 yield lost[-1]
         for explained in network.explain(faces, wanted, out=out) if faces else ():
             done.append(explained)
             yield explained
+    if not done:
+        return
     training = restored.training
     report = {
         "bench": __version__,
@@ -303,9 +335,10 @@ def explain(
         "classes": list(restored.classes),
         "methods": {name: method.options.model_dump(mode="json") for name, method in methods.items()},
         "landmarks": landmarks.facts,
+        "preparation": {"known": restored.preparation is not None, **network.preparation.model_dump(mode="json")},
         "au_maps": network.au_variant,
         "pictures": [explained.facts for explained in done],
-        "failed": [{"picture": str(one.path), "reason": one.reason} for one in lost],
+        "failed": [{"picture": str(failure.path), "reason": failure.reason} for failure in lost],
     }
     write_json_atomic(out / REPORT, report)
 
@@ -318,6 +351,7 @@ class _Network:
         self.classifier = restored.classifier.to(device)
         self.methods = methods
         self.device = device
+        self.preparation = restored.preparation or Preparation()
         self.size = int(restored.training.settings["images"]["size"])
         self.au_variant = EvaluationConfig().au_maps
 
@@ -345,7 +379,7 @@ class _Network:
     def _look(self, output: Output, faces: Sequence[_Face], labels: Tensor) -> _Look:
         missing = np.full((68, 2), np.nan)
         points = torch.from_numpy(np.stack([missing if face.landmarks is None else face.landmarks for face in faces])).float()
-        points = eval_landmarks(points.to(self.device), stored=SIDE, size=REFERENCE_FRAME)
+        points = eval_landmarks(points.to(self.device), stored=self.preparation.size, size=REFERENCE_FRAME)
         expressions = expression_ids(self.classes).to(self.device)[labels]
         au = action_unit_maps(points, expressions, frame=REFERENCE_FRAME, size=self.size, variant=self.au_variant)
         return _Look(
@@ -357,7 +391,8 @@ class _Network:
 
     def _write(self, face: _Face, i: int, looks: Mapping[int, _Look], shares: Sequence[float], *, out: Path) -> Explained:
         folder = out / face.source.name
-        folder.mkdir()
+        folder.mkdir(parents=True)
+        side = self.preparation.size
         picture = Image.fromarray(face.image)
         _write_png(folder / "face.png", picture)
         maps = []
@@ -366,10 +401,13 @@ class _Network:
             stem = f"{label}-{_file_name(name)}"
             au_map = look.au_maps[i : i + 1] if look.au_valid[i] else None
             if au_map is not None:
-                _write_png(folder / f"{stem}-au-map.png", overlay(picture, upsample(au_map, size=SIDE)[0].cpu().numpy()))
+                _write_png(folder / f"{stem}-au-map.png", overlay(picture, upsample(au_map, size=side)[0].cpu().numpy()))
             for method, raw in look.maps.items():
+                if not bool(raw[i].isfinite().all()):
+                    maps.append({"class": name, "method": method, "file": None, "error": NOT_FINITE})
+                    continue
                 file = f"{stem}-{method}.png"
-                shown = upsample(min_max(raw[i : i + 1]), size=SIDE)[0].cpu().numpy()
+                shown = upsample(min_max(raw[i : i + 1]), size=side)[0].cpu().numpy()
                 _write_png(folder / file, overlay(picture, shown))
                 cosine = None if au_map is None else float(map_cosines(raw[i : i + 1], au_map))
                 maps.append({"class": name, "method": method, "file": file, **_statistics(raw[i], shown), "au_cosine": cosine})
@@ -380,6 +418,7 @@ class _Network:
                 "picture": str(face.source.path),
                 "folder": face.source.name,
                 "face": face.prepared,
+                "unlike_training": face.unlike,
                 "landmarks": face.landmarks is not None,
                 "prediction": self.classes[prediction],
                 "probabilities": dict(zip(self.classes, shares, strict=True)),
@@ -403,14 +442,15 @@ class _Look:
 
 
 def _statistics(raw: Tensor, shown: npt.NDArray[np.float32]) -> dict[str, Any]:
-    """Range of the raw map (null where it is not finite); of the map as shown, the place of its maximum and its size above one half."""
+    """Range of the raw map; of the map as shown, the place of its maximum and its size above one half."""
     low, high, mean = (float(value) for value in (raw.min(), raw.max(), raw.mean()))
     row, column = np.unravel_index(int(shown.argmax()), shown.shape)
     return {
         "grid": list(raw.shape),
-        "minimum": low if math.isfinite(low) else None,
-        "maximum": high if math.isfinite(high) else None,
-        "mean": mean if math.isfinite(mean) else None,
+        "minimum": low,
+        "maximum": high,
+        "mean": mean if math.isfinite(mean) else None,  # of values whose sum is too large
+        "constant": low == high,
         "peak": [int(column), int(row)],
         "share_above_half": float((shown > 0.5).mean()),
     }

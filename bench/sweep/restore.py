@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from bench.backbone import BACKBONES
+from bench.data.preparation import Preparation
 from bench.matrix import DatasetRef, Training
 from bench.method import METHODS, Classifier
 from bench.training.trainer import load_trained, read_trained
@@ -19,6 +20,8 @@ class Restored:
     classes: tuple[str, ...]
     classifier: Classifier
     """With its selected weights, in eval mode, on the CPU."""
+    preparation: Preparation | None
+    """How the pictures it was trained with were prepared; None for trainings of older versions, which do not say."""
 
 
 def restore(folder: Path) -> Restored:
@@ -48,4 +51,9 @@ def restore(folder: Path) -> Restored:
     )
     if training.key != trained["training"]:
         raise ValueError(f"{folder}/trained.json was changed: it says {trained['training'][:10]}, its settings give {training.key[:10]}")
-    return Restored(training=training, classes=classes, classifier=load_trained(training, folder, num_classes=len(classes)))
+    return Restored(
+        training=training,
+        classes=classes,
+        classifier=load_trained(training, folder, num_classes=len(classes)),
+        preparation=Preparation.model_validate(trained["preparation"]) if trained.get("preparation") else None,
+    )

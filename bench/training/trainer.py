@@ -83,6 +83,7 @@ def train(
     observer: Observer,
     checkpoint_minutes: float,
     hold: Hold | None = None,
+    preparation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train to the end, from the newest checkpoint in ``folder`` if there is one.
 
@@ -95,6 +96,7 @@ def train(
         observer: told of progress on the main process.
         checkpoint_minutes: longest time between checkpoints.
         hold: the main process's right to work in ``folder``; None where nobody else can.
+        preparation: of the pictures, for ``trained.json``: whoever shows the network others prepares them in the same way.
 
     Returns:
         The content of ``trained.json``.
@@ -116,6 +118,7 @@ def train(
         observer=observer,
         checkpoint_minutes=checkpoint_minutes,
         hold=hold or Unshared(),
+        preparation=preparation,
     ).run()
 
 
@@ -161,9 +164,11 @@ class _Trainer:
         observer: Observer,
         checkpoint_minutes: float,
         hold: Hold,
+        preparation: Mapping[str, Any] | None,
     ) -> None:
         self.training = training
         self.hold = hold
+        self.preparation = preparation
         self.folder = folder
         self.reader = reader
         self.select = select
@@ -443,6 +448,7 @@ class _Trainer:
             "identity": self.training.identity,
             "dataset": {"name": self.training.dataset.name, "entry": self.training.dataset.entry},
             "classes": list(self.reader.classes),
+            "preparation": self.preparation,
             "best": progress.best,
             "epochs": progress.epochs,
             "losses": progress.losses,
