@@ -13,7 +13,7 @@ from bench.backbone import BACKBONES, Backbone, BackboneInfo
 from bench.config import Config, ConfigError, Origin, Settings, join_key
 from bench.dataset import DATASETS
 from bench.method import METHODS, Method, MethodInfo, Variant
-from bench.registry import Default, Entry, EntryOptions, OptionError, Registry, check_options, did_you_mean
+from bench.registry import Default, Entry, EntryOptions, OptionError, Registry, check_options, did_you_mean, foreign_code
 
 Guidance = Literal["none", "au"]
 
@@ -81,6 +81,8 @@ class Training:
     """Dotted key -> source, of the values above that entries brought along. No part of the identity: the values are."""
     scheme: int = SCHEME
     """How weights follow from all this; older records have an older one."""
+    code: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Entries that train and do not come with this program, as ``method mine`` -> `bench.registry.foreign_code`; ours have `SCHEME`."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -96,6 +98,7 @@ class Training:
             "dataset": self.dataset.fingerprint,
             "seed": self.seed,
             "settings": self.settings,
+            **({"code": self.code} if self.code else {}),
         }
 
     @property
@@ -125,6 +128,8 @@ class Cell:
     method_options: Mapping[str, Any]
     training: Training
     evaluation: Mapping[str, Any]
+    code: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """The same of the method that reads the maps."""
 
     @property
     def key(self) -> str:
@@ -136,6 +141,7 @@ class Cell:
                 "method": self.method,
                 "method_options": self.method_options,
                 "evaluation": self.evaluation,
+                **({"code": self.code} if self.code else {}),
             }
         )
 
@@ -201,6 +207,7 @@ def build_matrix(settings: Settings, datasets: Mapping[str, DatasetRef]) -> Matr
             method=method.name,
             method_options=_options(settings, "methods", method, datasets[dataset]),
             evaluation=config.evaluation.model_dump(mode="json", exclude={"batch_size"}),
+            code=_foreign(method=method),
             training=_training(settings, method, backbone, datasets[dataset], guidance=guidance, seed=seed),
         )
         for dataset in config.run.datasets
@@ -318,8 +325,15 @@ def _training(
         dataset=dataset,
         seed=seed,
         settings=resolved,
+        code=_foreign(method=trained, backbone=backbone),
         brought={key: source for key, source in brought.items() if guidance == "au" or not key.startswith("guidance.")},
     )
+
+
+def _foreign(**entries: Entry[Any, Any]) -> dict[str, str]:
+    """Code of entries, given by their kind, that are not ours: ``method mine`` -> hash."""
+    hashes = {f"{kind} {entry.name}": foreign_code(entry.target) for kind, entry in entries.items()}
+    return {name: sha256 for name, sha256 in hashes.items() if sha256 is not None}
 
 
 def _with_defaults(settings: Settings, entries: Sequence[Entry[Any, Any]], dataset: DatasetRef) -> tuple[Config, dict[str, str]]:

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -291,6 +293,34 @@ def load_plugin(target: str) -> None:
         importlib.import_module(target)
     except ImportError as error:
         raise ValueError(f"--plugin {target}: {error}. Give an importable module, or a path that ends in .py") from error
+
+
+def foreign_code(target: type) -> str | None:
+    """sha256 of the code of an entry that does not come with this program; None for ours, and for what has no file (a notebook's cell).
+
+    The code is the file that defines it; where that lies in a package, all Python files of the package's folder, by name. It is read once a
+    process: what was imported is what was there then.
+    """
+    if target.__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return None
+    try:
+        path = Path(inspect.getfile(target)).resolve()
+    except (OSError, TypeError):
+        return None
+    return _code_hash(path)
+
+
+@cache
+def _code_hash(path: Path) -> str | None:
+    digest = hashlib.sha256()
+    try:
+        if not (path.parent / "__init__.py").is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        for file in sorted(path.parent.rglob("*.py")):
+            digest.update(f"{file.relative_to(path.parent).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    except OSError:
+        return None
+    return digest.hexdigest()
 
 
 def _origin(cls: type) -> str:

@@ -102,6 +102,9 @@ def show_plan(plan: Plan, *, processes: int = 1, groups: int = 1, on: str | None
     brought = {f"{key} for {source}" for training, _ in plan.matrix.trainings for key, source in training.brought.items()}
     for line in sorted(brought):
         console.print(f"set by an entry: {line}", highlight=False, markup=False)
+    foreign = {name: sha256 for cell in plan.matrix.cells for name, sha256 in {**cell.training.code, **cell.code}.items()}
+    for name, sha256 in sorted(foreign.items()):
+        console.print(f"{name} is code of yours ({sha256[:8]}): changed, its cells are done again", highlight=False, markup=False)
     for line in _twin_lines(plan):
         console.print(line, highlight=False, markup=False)
     for source in plan.sources.values():

@@ -395,7 +395,7 @@ class _Network:
         side = self.preparation.size
         picture = Image.fromarray(face.image)
         _write_png(folder / "face.png", picture)
-        maps = []
+        maps: list[dict[str, Any]] = []
         for label, look in looks.items():
             name = self.classes[label]
             stem = f"{label}-{_file_name(name)}"

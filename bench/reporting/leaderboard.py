@@ -175,14 +175,35 @@ def build_tables(runs: Iterable[Run]) -> tuple[Table, ...]:
         ValueError: two records claim the same cell and seed.
     """
     groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in fullest(runs, lambda run: run.record):
+    latest, outdated = latest_code(runs, lambda run: run.record)
+    for run in fullest(latest, lambda run: run.record):
         groups.setdefault(comparable(run.record), []).append(run)
-    tables = [_table(key, group) for key, group in sorted(groups.items())]
+    old: dict[tuple[str, ...], Counter[str]] = {}
+    for run in outdated:
+        old.setdefault(comparable(run.record), Counter())[run.record.cell.method] += 1
+    tables = [_table(key, group, outdated=old.get(key, Counter())) for key, group in sorted(groups.items())]
     twins = Counter(name for name, _ in {(table.dataset, table.fingerprint) for table in tables})
     return tuple(dataclasses.replace(table, ambiguous=twins[table.dataset] > 1) for table in tables)
 
 
 _T = TypeVar("_T")
+
+
+def latest_code(found: Iterable[_T], record_of: Callable[[_T], Record]) -> tuple[list[_T], list[_T]]:
+    """Records of entries that do not come with this program, and were changed: those of the code that ran last, and the others."""
+    kept: list[_T] = []
+    outdated: list[_T] = []
+    same: dict[str, list[_T]] = {}
+    for holder in found:
+        record = record_of(holder)
+        cell = record.as_cell
+        bare = dataclasses.replace(cell, code={}, training=dataclasses.replace(cell.training, code={}, seed=0))
+        same.setdefault(bare.key, []).append(holder)
+    for group in same.values():
+        newest = max(map(record_of, group), key=lambda record: record.finished).keyed_code
+        for holder in group:
+            (kept if record_of(holder).keyed_code == newest else outdated).append(holder)
+    return kept, outdated
 
 
 def fullest(found: Iterable[_T], record_of: Callable[[_T], Record]) -> list[_T]:
@@ -215,7 +236,7 @@ def comparable(record: Record) -> tuple[str, ...]:
     return (record.cell.dataset, record.data.fingerprint, record.protocol, record.variant, recipe)
 
 
-def _table(key: tuple[str, ...], runs: list[Run]) -> Table:
+def _table(key: tuple[str, ...], runs: list[Run], *, outdated: Mapping[str, int]) -> Table:
     dataset, fingerprint, protocol, variant, recipe = key
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
@@ -261,7 +282,10 @@ def _table(key: tuple[str, ...], runs: list[Run]) -> Table:
         test_samples=records[0].data.samples,
         partial=bool(records[0].data.provenance.get("partial")),
         resolution=resolution,
-        notes=_notes(records),
+        notes=(
+            *_notes(records),
+            *(f"{count} records of {method} are of other code than its latest, and left out" for method, count in outdated.items()),
+        ),
         rows=tuple(rows),
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
-import inspect
 import json
 import platform
 import subprocess
@@ -25,8 +24,9 @@ from bench.backbone import BACKBONES
 from bench.dataset import DATASETS
 from bench.matrix import Cell, DatasetRef, Training
 from bench.method import METHODS
+from bench.registry import foreign_code
 
-SCHEMA: Final = 3
+SCHEMA: Final = 4
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy", "webdataset", "safetensors")
 
 
@@ -73,7 +73,7 @@ class CodeFacts(_Part):
     source_sha256: str | None
     """Hash of the files of the program as they were when the run began, in a checkout or not; None in older records."""
     entries: dict[str, str | None]
-    """Entries that are not the project's own, such as ``method mine`` -> sha256 of the file that defines it; None where there is none."""
+    """Entries that are not the project's own, such as ``method mine`` -> `bench.registry.foreign_code`; None where there is no file."""
     libraries: dict[str, str]
 
 
@@ -89,7 +89,7 @@ class ProcessFacts(_Part):
 class Record(_Part):
     """The whole of ``record.json``."""
 
-    schema_version: Literal[3] = SCHEMA
+    schema_version: Literal[4] = SCHEMA
     """Of this form; a record that was written in an older one has been brought up to date."""
     key: str
     training_key: str
@@ -105,6 +105,8 @@ class Record(_Part):
     training_options: dict[str, Any]
     """Options of the method that trained."""
     backbone_options: dict[str, Any]
+    keyed_code: dict[str, str] = {}
+    """Entries that do not come with this program and whose code is part of the keys, such as ``method mine`` -> hash."""
     settings: dict[str, Any]
     """What decided the weights: train, augment, images, protocol, guidance."""
     brought: dict[str, str]
@@ -161,12 +163,22 @@ class Record(_Part):
             settings=self.settings,
             brought=self.brought,
             scheme=self.scheme,
+            code=self._code(f"method {self.trains_as}", f"backbone {self.cell.backbone}"),
         )
 
     @property
     def as_cell(self) -> Cell:
         """The cell it is of, as its own fields say: its key must be `key`."""
-        return Cell(method=self.cell.method, method_options=self.method_options, training=self.training, evaluation=self.evaluation)
+        return Cell(
+            method=self.cell.method,
+            method_options=self.method_options,
+            training=self.training,
+            evaluation=self.evaluation,
+            code=self._code(f"method {self.cell.method}"),
+        )
+
+    def _code(self, *names: str) -> dict[str, str]:
+        return {name: self.keyed_code[name] for name in names if name in self.keyed_code}
 
 
 def parse_record(content: bytes) -> Record:
@@ -213,7 +225,11 @@ def _from_2(tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_MIGRATIONS: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
+def _from_3(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {**tree, "keyed_code": {}}
+
+
+_MIGRATIONS: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2, 3: _from_3}
 """Schema version -> what makes the next one of it. Once released, a step is never changed."""
 
 
@@ -251,14 +267,7 @@ def foreign_entries(cells: Iterable[Cell]) -> dict[str, str | None]:
         used[f"backbone {training.backbone}"] = BACKBONES.get(training.backbone).target
         if training.dataset.entry in DATASETS:
             used[f"dataset {training.dataset.entry}"] = DATASETS.get(training.dataset.entry).target
-    return {name: _file_hash(target) for name, target in sorted(used.items()) if target.__module__.partition(".")[0] != bench.__name__}
-
-
-def _file_hash(target: type) -> str | None:
-    try:
-        return hashlib.sha256(Path(inspect.getfile(target)).read_bytes()).hexdigest()
-    except (OSError, TypeError):  # typed into a notebook, or gone
-        return None
+    return {name: foreign_code(target) for name, target in sorted(used.items()) if target.__module__.partition(".")[0] != bench.__name__}
 
 
 def _source_hash() -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 
 from bench.backbone import BACKBONES
 from bench.data.preparation import Preparation
 from bench.matrix import DatasetRef, Training
 from bench.method import METHODS, Classifier
+from bench.registry import foreign_code
 from bench.training.trainer import load_trained, read_trained
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +52,13 @@ def restore(folder: Path) -> Restored:
         seed=identity["seed"],
         settings=identity["settings"],
         scheme=int(identity["kind"].rpartition("/")[2]),
+        code=identity.get("code", {}),
     )
+    for name, sha256 in training.code.items():
+        kind, _, entry = name.partition(" ")
+        now = foreign_code((METHODS if kind == "method" else BACKBONES).get(entry).target)
+        if now != sha256:
+            _log.warning("%s: the code of %s has changed since it was trained", folder, name)
     if training.key != trained["training"]:
         raise ValueError(f"{folder}/trained.json was changed: it says {trained['training'][:10]}, its settings give {training.key[:10]}")
     return Restored(

@@ -467,6 +467,7 @@ def _record(cell: Cell, result: Evaluated, facts: _Facts, *, hashes: Hashes) -> 
         method_options=dict(cell.method_options),
         training_options=dict(training.method_options),
         backbone_options=dict(training.backbone_options),
+        keyed_code={**training.code, **cell.code},
         settings=dict(training.settings),
         brought=dict(training.brought),
         evaluation=dict(cell.evaluation),

@@ -119,7 +119,7 @@ def test_what_a_run_leaves_is_sound(honest, data_root):
     assert (len(report.folders), report.problems, report.unknown_data) == (4, (), {})
 
 
-@pytest.mark.parametrize("schema", ["schema1", "schema2"])
+@pytest.mark.parametrize("schema", ["schema1", "schema2", "schema3"])
 def test_a_record_of_an_older_schema_is_sound(schema, request):
     assert found(request.path.parents[1] / GOLDEN / schema) == []
 
