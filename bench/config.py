@@ -13,7 +13,8 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -390,7 +391,7 @@ def load_settings(
     if file is not None and not file.is_file():
         raise ConfigError(f"--config {file}: no such file")
     path = file or (Path(CONFIG_NAME) if Path(CONFIG_NAME).is_file() else None)
-    content = _read_toml(path.read_text(encoding="utf-8"), origin=str(path)) if path else {}
+    content = _read_toml(_read_text(path), origin=str(path)) if path else {}
     shipped = _read_toml(files("bench").joinpath("profiles.toml").read_text(encoding="utf-8"), origin="profiles.toml")
 
     own_profiles = _table(content.pop("profiles", {}), key="profiles", origin=str(path))
@@ -408,15 +409,26 @@ def load_settings(
     for name, value in sorted((os.environ if environ is None else environ).items()):
         if name.startswith(ENV_PREFIX) and "__" in name:
             key = name.removeprefix(ENV_PREFIX).lower().replace("__", ".")
-            merged[key] = (_parse_value(value), Origin("environment", f"environment {name}"))
+            origin = Origin("environment", f"environment {name}")
+            merged[key] = (_parse_value(value, key=key, origin=origin), origin)
     for assignment in sets:
         key, equals, value = assignment.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {assignment!r}: write it as key=value, for example --set train.lr=0.01")
-        merged[join_key(*split_key(key.strip()))] = (_parse_value(value.strip()), Origin("set", f"--set {assignment}"))
+        origin = Origin("set", f"--set {assignment}")
+        merged[join_key(*split_key(key.strip()))] = (_parse_value(value.strip(), key=key.strip(), origin=origin), origin)
     for key, value in (flags or {}).items():
         merged[key] = (value, Origin("flag", FLAGS.get(key, f"--{key.rsplit('.', 1)[-1].replace('_', '-')}")))
-    return _validate(merged)
+    return _validate({key: (_with_home(value), origin) for key, (value, origin) in merged.items()})
+
+
+def _with_home(value: Any) -> Any:
+    """A path that begins with ``~`` with the home folder in its place, alone or in a list: no shell has seen what a file says."""
+    if isinstance(value, list | tuple):
+        return [_with_home(part) for part in value]
+    if isinstance(value, str | Path) and re.match(r"~(/|$)", str(value)):
+        return type(value)(Path(value).expanduser())
+    return value
 
 
 def _validate(merged: Mapping[str, tuple[Any, Origin]]) -> Settings:
@@ -499,6 +511,14 @@ def _fields(section: str) -> list[str]:
     return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}: line {line} is not UTF-8, the only encoding of TOML; save the file as UTF-8") from error
+
+
 def _read_toml(text: str, *, origin: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
@@ -512,7 +532,73 @@ def _table(value: Any, *, key: str, origin: str) -> dict[str, Any]:
     return value
 
 
-def _parse_value(text: str) -> Any:
+def parse_integers(text: str, *, origin: str) -> list[int]:
+    """``0,2`` or ``0-4`` or ``0-2,7`` -> the numbers.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    numbers: list[int] = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise ConfigError(f"{origin}: {part!r} is not a whole number or a range; write 0,1,2 or 0-4")
+        numbers.extend(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+def _parse_value(text: str, *, key: str, origin: Origin) -> Any:
+    """What was typed for a key, by the type that the key has: a text stays a text, a list may be typed as for the flags, 0,1 or 0-4.
+
+    Where the type is not known here (options of entries), TOML says what it is, but for dates and for numbers with underscores, which
+    nobody means.
+    """
+    annotation = _annotation(split_key(key))
+    kinds = _kinds(annotation)
+    quoted = text[:1] in ("'", '"')
+    if get_origin(annotation) is tuple and not text.startswith("["):
+        parts = _kinds(get_args(annotation)[0])
+        if str in parts:
+            return [part.strip() for part in text.split(",") if part.strip()]
+        return parse_integers(text, origin=origin.text) if int in parts and Ellipsis in get_args(annotation) else _toml(f"[{text}]")
+    if (str in kinds or Path in kinds) and not quoted:
+        if type(None) in kinds and text in ("", "None", "none"):
+            return None
+        return text == "true" if bool in kinds and text in ("true", "false") else text
+    value = _toml(text)
+    if kinds or isinstance(value, str | bool | list | dict):
+        return value
+    return value if isinstance(value, int | float) and "_" not in text else text
+
+
+def _annotation(key: Sequence[str]) -> Any:
+    """The declared type of a dotted key; None where there is none, or it is that of an entry."""
+    found: Any = Config
+    for part in key:
+        if isinstance(found, type) and issubclass(found, BaseModel) and part in found.model_fields:
+            found = found.model_fields[part].annotation
+        elif get_origin(found) is dict:
+            found = get_args(found)[1]
+        else:
+            return None
+    return None if found is Any else found
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types that a value may have."""
+    if annotation is None or annotation is Any:
+        return set()
+    outer = get_origin(annotation)
+    if outer is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if outer is Literal:
+        return {type(choice) for choice in get_args(annotation)}
+    if outer is Union or outer is UnionType:
+        return set().union(*(_kinds(part) if part is not type(None) else {part} for part in get_args(annotation)))
+    return {outer or annotation}
+
+
+def _toml(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -123,3 +123,85 @@ def test_a_missing_file_is_an_error():
 def test_settings_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         load_settings(environ={}).config.train.epochs = 3
+
+
+def value(key, *sets, **more):
+    found = load_settings(sets=sets, environ={}, **more).config
+    for part in key.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run.seeds=3", (3,)),
+        ("run.seeds=0,1", (0, 1)),
+        ("run.seeds=0-4", (0, 1, 2, 3, 4)),
+        ("run.seeds=[0, 2]", (0, 2)),
+        ("run.guidance=none", ("none",)),
+        ("run.guidance=au,none", ("au", "none")),
+        ("run.methods=cam, prm", ("cam", "prm")),
+        ("run.methods=['cam']", ("cam",)),
+        ("guidance.layers=3,5", (3, 5)),
+        ("augment.crop_scale=0.5,1", (0.5, 1.0)),
+        ("evaluation.measures=au,road", ("au", "road")),
+    ],
+)
+def test_a_list_is_typed_as_for_the_flags(text, expected):
+    assert value(text.partition("=")[0], text) == expected
+    name = "BENCH_" + text.partition("=")[0].upper().replace(".", "__")
+    assert load_settings(environ={name: text.partition("=")[2]}).config == load_settings(sets=[text], environ={}).config
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("slurm.extra.reservation=2024_01", "2024_01"),
+        ("slurm.extra.begin=16:00:00", "16:00:00"),
+        ("slurm.extra.nice=007", "007"),
+        ("slurm.extra.exclusive=true", True),
+        ("slurm.account=2024", "2024"),
+        ("slurm.account='None'", "None"),
+        ("slurm.account=None", None),
+        ("run.results=2024-05-01", Path("2024-05-01")),
+        ("datasets.faces.raw=2024-05-01", "2024-05-01"),
+        ("datasets.faces.salt=2024_01", "2024_01"),
+        ("datasets.faces.size=64", 64),
+        ("train.lr=0.01", 0.01),
+        ("train.tf32=true", True),
+    ],
+)
+def test_a_text_stays_a_text_and_a_number_a_number(text, expected):
+    found = value(text.partition("=")[0], text)
+    assert (found, type(found)) == (expected, type(expected))
+
+
+def test_a_range_that_is_none_names_its_origin():
+    with pytest.raises(ConfigError, match=r"--set run\.seeds=4-1: '4-1' is not a whole number or a range; write 0,1,2 or 0-4"):
+        load_settings(sets=["run.seeds=4-1"], environ={})
+
+
+@pytest.mark.parametrize("key", ["run.results", "run.data", "datasets.faces.raw", "backbones.mini.weights"])
+def test_a_path_may_begin_at_home(key, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(value(key, f"{key}=~/faces")) == str(tmp_path / "faces")
+    assert str(value(key, f"{key}=faces~/x")) == "faces~/x"
+
+
+def test_paths_of_datasets_may_begin_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert value("run.datasets", "run.datasets=synthetic,~/faces") == ("synthetic", str(tmp_path / "faces"))
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    file = tmp_path / "bench.toml"
+    file.write_bytes(b"\xef\xbb\xbf[train]\nepochs = 3\n")
+    assert value("train.epochs", file=file) == 3
+
+
+def test_a_file_that_is_not_utf8_is_named_with_the_line(tmp_path):
+    file = tmp_path / "bench.toml"
+    file.write_bytes(b"[train]\n# f\xfcr\nepochs = 3\n")
+    with pytest.raises(ConfigError, match=r"bench\.toml: line 2 is not UTF-8, the only encoding of TOML; save the file as UTF-8"):
+        load_settings(file=file, environ={})

@@ -57,6 +57,7 @@ def choose_launch(context: typer.Context) -> Launch:
     """
     if report.wanted():
         report.end_with_parent()
+    world.check_threads()
     given = context.params
     wanted = Wanted(**{name: given[name] for name in _FLAGS})
     here = None if wanted.launcher == "torchrun" and "RANK" not in os.environ else world.joined_world()

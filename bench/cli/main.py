@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from typing import Annotated
@@ -52,6 +53,9 @@ def _options(
 
 def main() -> None:
     """Entry point of the console script. Exit codes: 0 done, 1 some cells failed, 2 the request cannot be carried out, 75 stopped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a sign shows another: no reason to end
     try:
         app()
     except (ValueError, OSError) as error:

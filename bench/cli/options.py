@@ -64,22 +64,9 @@ def _value(name: str, value: str | Path) -> Any:
     if isinstance(value, Path):
         return value
     if name == "seeds":
-        return parse_seeds(value)
+        from bench.config import parse_integers
+
+        return parse_integers(value, origin=f"--seeds {value}")
     if name in ("methods", "datasets", "backbones", "guidance", "metrics"):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
-
-
-def parse_seeds(text: str) -> list[int]:
-    """``0,2`` or ``0-4`` or ``0-2,7`` -> list of seeds.
-
-    Raises:
-        ValueError: not of that form.
-    """
-    seeds: list[int] = []
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise ValueError(f"--seeds {text}: {part!r} is not a seed; write 0,1,2 or 0-4")
-        seeds.extend(range(int(first), int(last or first) + 1))
-    return seeds

@@ -25,6 +25,7 @@ from bench.dataset import DATASETS
 from bench.matrix import Cell, DatasetRef, Training
 from bench.method import METHODS
 from bench.registry import foreign_code
+from bench.training.environment import arithmetic
 
 SCHEMA: Final = 4
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy", "webdataset", "safetensors")
@@ -305,6 +306,7 @@ def hardware_facts(device: torch.device, *, world_size: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "system": platform.system(),
         "python": platform.python_version(),
+        **({"environment": told} if (told := arithmetic()) else {}),
     }
 
 

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from bench.config import ConfigError, TrainConfig
 from bench.extras import install_command
 from bench.matrix import Training
+from bench.training.environment import forget_leftovers
 from bench.training.interruption import EverywhereError, HaltError, LeaseLostError, StoppedError, StopRequest
 from bench.training.lost_peers import give_up_on_lost_peers
 from bench.training.strategy import DDPStrategy, Strategy
@@ -68,6 +69,7 @@ class Engine:
             raise ConfigError("train.sync_batchnorm = true needs GPUs; on this machine use --set train.sync_batchnorm=false")
         if train.deterministic and not cpu:
             _fix_cublas()
+        forget_leftovers()
         options: dict[str, Any] = {
             "cpu": cpu,
             "precision": train.precision,
@@ -79,7 +81,8 @@ class Engine:
         self._accelerator = self._strategy.accelerator
         if self.world_size > 1 and "MASTER_PORT" in os.environ:
             give_up_on_lost_peers(int(os.environ["MASTER_PORT"]), seconds=min(timeout_s, LONGEST_SILENCE_S))
-        torch.backends.cudnn.allow_tf32 = False  # PyTorch's default is True: convolutions of an evaluation were not float32
+        # PyTorch's default for convolutions is True, and the environment can switch on the other: an evaluation is in float32.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self._train = train
         self._trackers = trackers
         if trackers and not self._accelerator.log_with:

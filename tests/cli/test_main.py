@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from tests.reporting import cells
+
 
 def test_help_imports_nothing_heavy(run_python):
     code = """
@@ -51,7 +53,7 @@ def test_a_dry_run_makes_nothing(bench_here, tmp_path):
         (["--datasets", "folder"], "Type: bench data prepare folder --raw DIR"),
         (["--backbones", "resnet5"], "Did you mean 'resnet50'"),
         (["--guidance", "au,non"], "run.guidance"),
-        (["--seeds", "a"], "is not a seed"),
+        (["--seeds", "a"], "is not a whole number or a range"),
         (["--profile", "quik"], "Did you mean 'quick'"),
         (["--set", "train.epoch=3"], "Did you mean 'epochs'"),
         (["--set", "guidance.layers=[7]"], "has no layer 7"),
@@ -134,3 +136,11 @@ def test_an_own_folder_runs_from_its_table_in_the_settings(bench_here, project):
         "run", "--datasets", "mine", "--data", "own", "--seeds", "0", "--set", "train.batch_size=4", "--set", "train.epochs=1", cwd=project
     )
     assert "0 cells done, 2 were done before" in again.stdout
+
+
+def test_a_terminal_that_lacks_a_sign_shows_another(run_bench, tmp_path):
+    cells.write_cell(tmp_path / "results")
+    cells.write_cell(tmp_path / "results", seed=1)
+    done = run_bench("leaderboard", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "CAM" in done.stdout

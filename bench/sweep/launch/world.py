@@ -28,9 +28,13 @@ class World:
 def joined_world(environ: MutableMapping[str, str] = os.environ) -> World | None:
     """The world that the environment describes, or None where this process was started by hand.
 
+    What is left over of a world of one process, without an address to meet at, is none.
+
     Raises:
         ValueError: variables that are missing or contradict each other.
     """
+    if environ.get("RANK") == "0" and environ.get("WORLD_SIZE") == "1" and not environ.get("MASTER_ADDR"):
+        return slurm_world(environ)
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _torch_world(environ)
     return slurm_world(environ)
@@ -63,6 +67,24 @@ def join(world: World, environ: MutableMapping[str, str] = os.environ, *, device
         raise ValueError(
             f"RANK={world.rank} and WORLD_SIZE={world.size} are set, but {', '.join(missing)} not: start with torchrun or accelerate "
             f"launch, which set all of them, or unset RANK and WORLD_SIZE to work alone"
+        )
+
+
+def check_threads(environ: MutableMapping[str, str] = os.environ) -> None:
+    """``OMP_NUM_THREADS`` as all who read it understand it: empty means not set.
+
+    Raises:
+        ValueError: it is no number of threads.
+    """
+    text = environ.get("OMP_NUM_THREADS")
+    if text is None:
+        return
+    if not text.strip():
+        del environ["OMP_NUM_THREADS"]
+    elif not text.strip().isdigit() or int(text) < 1:
+        first = re.match(r"\s*([1-9]\d*)", text)
+        raise ValueError(
+            f"OMP_NUM_THREADS={text!r} in the environment is not a number of threads; write OMP_NUM_THREADS={first[1] if first else 1}"
         )
 
 

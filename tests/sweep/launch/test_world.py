@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.sweep.launch.world import FIRST_PORT, PORTS, World, expand_hosts, join, joined_world, slurm_tasks_here
+from bench.sweep.launch.world import FIRST_PORT, PORTS, World, check_threads, expand_hosts, join, joined_world, slurm_tasks_here
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SRUN = {
@@ -119,3 +119,21 @@ def test_node_lists_are_expanded_in_order(text, hosts):
 def test_a_node_list_that_cannot_be_read_is_refused(text):
     with pytest.raises(ValueError, match="MASTER_ADDR"):
         list(expand_hosts(text))
+
+
+def test_what_is_left_of_a_world_of_one_process_is_no_world():
+    assert joined_world({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}) is None
+    assert joined_world({"LOCAL_RANK": "0"}) is None
+    assert joined_world({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}) is not None
+
+
+@pytest.mark.parametrize(("given", "kept"), [({"OMP_NUM_THREADS": ""}, {}), ({"OMP_NUM_THREADS": "3"}, {"OMP_NUM_THREADS": "3"}), ({}, {})])
+def test_an_empty_number_of_threads_is_none(given, kept):
+    check_threads(given)
+    assert given == kept
+
+
+@pytest.mark.parametrize(("text", "instead"), [("2,1", "2"), ("0", "1"), ("many", "1")])
+def test_a_number_of_threads_that_is_none_is_refused_before_a_process_is_started(text, instead):
+    with pytest.raises(ValueError, match=f"not a number of threads; write OMP_NUM_THREADS={instead}"):
+        check_threads({"OMP_NUM_THREADS": text})
