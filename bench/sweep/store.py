@@ -218,6 +218,35 @@ class Store:
                 leftover.unlink()
 
 
+def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """A folder and all below it, each with the names of the folders and files in it, in order; names of folders taken out are not entered.
+
+    Links to folders are followed, as a run follows them: a part of the results may lie on another disk. What several links lead to comes
+    once.
+    """
+    seen = set()
+    for name, below, files in os.walk(root, followlinks=True):
+        place = os.path.realpath(name)
+        if place in seen:
+            below.clear()
+            continue
+        seen.add(place)
+        folder = Path(name)
+        below.sort(key=lambda child: ((folder / child).is_symlink(), child))  # a folder counts by its own name, if it has one here
+        yield folder, below, files
+
+
+def list_cells(root: Path) -> list[Path]:
+    """The folders of all finished cells below a folder, in a stable order, but for those that were set aside as damaged."""
+    cells = []
+    for folder, below, files in walk(root):
+        if "damaged" in below:
+            below.remove("damaged")
+        if DONE in files:
+            cells.append(folder)
+    return sorted(cells)
+
+
 def read_records(root: Path, *, strict: bool = False) -> Iterator[tuple[Path, Record]]:
     """All finished records below a folder, in a stable order, with their folders.
 
@@ -228,10 +257,8 @@ def read_records(root: Path, *, strict: bool = False) -> Iterator[tuple[Path, Re
     Raises:
         ValueError: a damaged record, naming the file, where ``strict``.
     """
-    for marker in sorted(root.rglob(DONE)):
-        if "damaged" in marker.relative_to(root).parts:
-            continue
-        path = marker.parent / RECORD
+    for folder in list_cells(root):
+        marker, path = folder / DONE, folder / RECORD
         try:
             record = parse_record(path.read_bytes())
         except (OSError, ValueError) as error:
@@ -240,7 +267,7 @@ def read_records(root: Path, *, strict: bool = False) -> Iterator[tuple[Path, Re
                 raise ValueError(f"{reason}. Remove {marker}, and bench run makes the record again") from error
             _log.warning("%s. It is left out. Remove %s, and bench run makes the record again", reason, marker)
             continue
-        yield marker.parent, record
+        yield folder, record
 
 
 def read_cell_rows(folder: Path) -> Rows:
