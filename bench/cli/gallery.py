@@ -50,4 +50,4 @@ def gallery(
     reader = open_reader(source.folder, "test")
     picture = draw_gallery(plan, choose_faces(reader, skip=skip), reader, fingerprint=source.index.fingerprint, seed=seed, cell=cell)
     picture.quantize(256).save(out, optimize=True)  # a third of the bytes, and no difference to the eye
-    Console().print(f"{out}: {source.name}, seed {seed}", highlight=False)
+    Console().print(f"{out}: {source.name}, seed {seed}", highlight=False, markup=False)

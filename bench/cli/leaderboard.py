@@ -86,7 +86,7 @@ def show_tables(root: Path, *, reference: Reference | None = None, columns: Colu
     console = table_console()
     tables = build_tables(load_runs(existing(root)))
     if not tables:
-        console.print(f"no finished cells in {root} yet")
+        console.print(f"no finished cells in {root} yet", markup=False)
     for table in rich_tables(tables, rankings=rank(tables), reference=reference, columns=columns):
         console.print(table)
 

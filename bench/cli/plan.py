@@ -81,6 +81,7 @@ def show_plan(plan: Plan, *, processes: int = 1, groups: int = 1, on: str | None
     Raises:
         ValueError: no record is of the device ``on``.
     """
+    from rich.markup import escape
     from rich.table import Table
 
     from bench.sweep.estimate import forecast, read_history, this_device
@@ -109,12 +110,13 @@ def show_plan(plan: Plan, *, processes: int = 1, groups: int = 1, on: str | None
         console.print(line, highlight=False, markup=False)
     for source in plan.sources.values():
         if source.index is None:
-            console.print(f"dataset [bold]{source.name}[/] will be prepared in {source.folder}", highlight=False)
+            console.print(f"dataset [bold]{escape(source.name)}[/] will be prepared in {escape(str(source.folder))}", highlight=False)
     total, done = len(plan.matrix.cells), len(plan.done)
     console.print(
         f"{total} cells from {len(plan.matrix.trainings)} trainings; {done} cells done, {total - done} to do in {len(plan.to_do)} "
         f"trainings. Results: {plan.settings.config.run.results}",
         highlight=False,
+        markup=False,
     )
     if plan.to_do:
         for line in _forecast_lines(told, history, device):

@@ -29,6 +29,8 @@ def summary(plan: Plan, outcome: Outcome) -> None:
         console.print(f"[yellow]left[/] {escape(label)}: {escape(holder)} works on it")
     for label, error in outcome.failed.items():
         console.print(f"[red]failed[/] {escape(label)}: {escape(error)}")
-    console.print(f"Records: {results / 'cells'}. Weights: {results / 'trainings'}. Table again: bench leaderboard --results {results}")
+    # Names of folders may hold brackets, which are no markup.
+    places = f"Records: {results / 'cells'}. Weights: {results / 'trainings'}. Table again: bench leaderboard --results {results}"
+    console.print(places, markup=False)
     if outcome.failed:
-        console.print(f"Errors in full: {results / 'failures'}. The same command tries the failed cells again.")
+        console.print(f"Errors in full: {results / 'failures'}. The same command tries the failed cells again.", markup=False)

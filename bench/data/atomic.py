@@ -9,9 +9,11 @@ replaced by a plain file.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedRandom
@@ -20,6 +22,8 @@ from typing import Any
 
 PARTIAL_SUFFIX = ".partial"
 """How the names of unfinished files end."""
+_NO_SYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems answer that cannot flush a folder: cifs of older kernels, shares of virtual machines, some of FUSE."""
 
 
 @contextmanager
@@ -61,10 +65,39 @@ def write_json_atomic(path: Path, obj: Any) -> None:
     write_bytes_atomic(path, (json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
+def temporary_folder(final: Path) -> Path:
+    """Make an empty hidden folder beside ``final``, to be filled and then renamed to it; ``tempfile`` would make it for this user alone.
+
+    Its name is ``.NAME-`` and random digits, and its mode and group are those that the umask and the parent give. The parent must exist.
+    """
+    folder = final.with_name(f".{final.name}-{secrets.token_hex(4)}")
+    folder.mkdir()
+    return folder
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the mode that the umask gives new files; for libraries that write theirs for this user alone, as safetensors does.
+
+    The mode is that of a file made beside it: to ask for the umask is to change it, for all threads; and a folder may have its own rules.
+    """
+    probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        probe.unlink()
+    if stat.S_IMODE(path.stat().st_mode) != mode:  # where a mount decides the modes, no call may change them
+        path.chmod(mode)
+
+
 def fsync_folder(folder: Path) -> None:
-    """Make renames and removals in ``folder`` survive a power cut."""
+    """Make renames and removals in ``folder`` survive a power cut, where its file system can: some refuse to, and have no other way."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC_OF_FOLDERS:
+            raise
     finally:
         os.close(descriptor)

@@ -7,10 +7,15 @@ import functools
 import hashlib
 import io
 import json
+import math
+import mmap
+import os
 import re
 import signal
+import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.reduction import DupFd
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,6 +31,8 @@ from bench.data.index import INDEX_NAME, Member, Shard, count_classes, hash_keys
 from bench.registry import did_you_mean
 
 LANDMARKS = 68
+_ALIGNED = 64
+"""Bytes: where a column may begin in memory."""
 
 Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """The fields of `RawBatch` in order. DataLoader pins tuples, but not classes it does not know."""
@@ -192,17 +199,20 @@ def _crc32(so_far: int, data: bytes) -> int:
 def iterate(dataset: Dataset[Any], *, workers: int, batches: Sequence[Any]) -> Iterator[Any]:
     """What torch's DataLoader makes of a dataset that yields finished batches; pinned where there is CUDA.
 
+    Batches come from the workers in files of no folder: see `_Parcel`.
+
     Args:
-        dataset: has ``__getitems__``.
+        dataset: has ``__getitems__``, which gives tuples of tensors.
         workers: processes; they end with the pass. 0 stays in this one.
         batches: what to ask the dataset for, batch by batch.
     """
+    collate: Callable[[Any], Any] = _Parcel if workers else _as_is
     loader = iter(
         DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=workers,
-            collate_fn=_as_is,
+            collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_leave_signals_to_the_parent,
             # A generator of its own: the default one would take a number from torch's global stream, which is the model's.
@@ -229,6 +239,41 @@ def _leave_signals_to_the_parent(_: int) -> None:
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+class _Parcel:
+    """A batch on its way from a worker, in a file that has no name. Its descriptor is pickled, and at the other end there are tensors.
+
+    torch hands tensors over in /dev/shm, of which a container has 64 MiB. Where that is full, it drops the batch in a thread of the worker,
+    and whoever waits for it waits for ever. A file of no folder takes memory like any other object; and what fails here fails in the
+    worker's own code, which tells the parent.
+    """
+
+    def __init__(self, columns: tuple[Tensor, ...]) -> None:
+        self._layout: list[tuple[str, tuple[int, ...], int]] = []
+        with os.fdopen(os.memfd_create("batch"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile() as file:
+            for column in columns:
+                array = np.ascontiguousarray(column.numpy())
+                file.write(bytes(-file.tell() % _ALIGNED))
+                self._layout.append((array.dtype.str, array.shape, file.tell()))
+                file.write(array.data)
+            file.flush()
+            self._descriptor = DupFd(file.fileno())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpack, (self._descriptor, self._layout)
+
+
+def _unpack(descriptor: Any, layout: list[tuple[str, tuple[int, ...], int]]) -> tuple[Tensor, ...]:
+    number = descriptor.detach()
+    try:
+        memory = mmap.mmap(number, 0)
+    finally:
+        os.close(number)
+    return tuple(
+        torch.from_numpy(np.frombuffer(memory, dtype, count=math.prod(shape), offset=start).reshape(shape))
+        for dtype, shape, start in layout
+    )
 
 
 def load_split(folder: Path, split: str) -> SplitSamples:

@@ -77,7 +77,8 @@ def read_rows(path: Path) -> Rows:
         ValueError: the file is damaged or has other columns.
     """
     try:
-        table = pq.read_table(path)
+        with path.open("rb") as file:  # given a path, pyarrow takes one with a colon for an address
+            table = pq.read_table(file)
         prefix = "attention_cosine_"
         logits = table["logits"].combine_chunks()
         return Rows(
@@ -105,9 +106,9 @@ def read_columns(path: Path, columns: Sequence[str]) -> Mapping[str, npt.NDArray
         ValueError: the file is damaged, or a column is missing (``person`` is -1 throughout in rows written before it was known).
     """
     try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
-            names = file.schema_arrow.names
-            table = file.read(columns=[name for name in columns if name in names], use_threads=False)
+        with path.open("rb") as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
+            names = parquet.schema_arrow.names
+            table = parquet.read(columns=[name for name in columns if name in names], use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a file of rows: {error}") from error
     lacking = [name for name in columns if name not in names and name != "person"]

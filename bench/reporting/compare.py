@@ -26,7 +26,7 @@ from bench.evaluation.statistics import (
 from bench.matrix import digest
 from bench.registry import did_you_mean
 from bench.reporting.evidence import METRICS, Metric, Run, load_samples
-from bench.reporting.leaderboard import comparable, essential, fullest, is_finite
+from bench.reporting.leaderboard import comparable, essential, fullest, is_finite, same_seed
 from bench.sweep.record import Record
 from bench.sweep.store import RECORD, ROWS, read_records
 
@@ -174,10 +174,12 @@ def _check(matched: Matched) -> None:
     if twice:
         raise ValueError(f"{min(twice)} would be compared with itself: select other cells on one side")
     for side in matched:
-        seeds = [record.cell.seed for _, record in side]
-        if len(set(seeds)) < len(seeds):
+        twins = same_seed(side)
+        if twins:
             name = "/".join(_coordinates(side[0][1])[key] for key in ("method", "guidance", "backbone", "dataset"))
-            raise ValueError(f"several runs of {name} with the same seed, {side[0][0]} and others: select one of them by more coordinates")
+            raise ValueError(
+                f"several runs of {name} with the same seed, {twins[0]} and {twins[1]}: select one of them by more coordinates"
+            )
     records = [record for side in matched for _, record in side]
     for what in ("keys_sha256", "fingerprint", "classes"):
         if len({str(getattr(record.data, what)) for record in records}) > 1:

@@ -55,6 +55,8 @@ class Run:
     samples: Samples | None = None
     verified: bool = False
     """Whether the record carries the stamp of who evaluated its weights again."""
+    folder: Path | None = None
+    """Where it lies."""
 
 
 def load_runs(root: Path) -> Iterator[Run]:
@@ -64,7 +66,7 @@ def load_runs(root: Path) -> Iterator[Run]:
         ValueError: a record or its rows cannot be read; the message names the file.
     """
     for folder, record in read_records(root):
-        yield Run(record=record, samples=load_samples(folder / ROWS, record), verified=is_verified(folder))
+        yield Run(record=record, samples=load_samples(folder / ROWS, record), verified=is_verified(folder), folder=folder)
 
 
 def load_samples(path: Path, record: Record) -> Samples:

@@ -374,12 +374,24 @@ def _guidance_words(record: Record) -> str:
 
 
 def _values(runs: list[Run], metric: Metric) -> tuple[float, ...]:
+    twins = same_seed((run.folder, run.record) for run in runs)
+    if twins:
+        cell = runs[0].record.cell
+        where = f": {twins[0]} and {twins[1]}. Move one of them away" if twins[0] else ""
+        raise ValueError(f"two records of {cell.dataset}/{cell.method}/{cell.guidance} have the same seed{where}")
     records = sorted((run.record for run in runs), key=lambda record: record.cell.seed)
-    if len({record.cell.seed for record in records}) < len(records):
-        cell = records[0].cell
-        raise ValueError(f"two records of {cell.dataset}/{cell.method}/{cell.guidance} have the same seed")
     values = (figure(record.metrics, metric, layer=record.attention_layer) for record in records)
     return tuple(value for value in values if value is not None)
+
+
+def same_seed(stored: Iterable[tuple[_T, Record]]) -> tuple[_T, _T] | None:
+    """Of records with where they lie: where the first two lie that have a seed in common; None if no two have."""
+    there: dict[int, _T] = {}
+    for place, record in stored:
+        if record.cell.seed in there:
+            return there[record.cell.seed], place
+        there[record.cell.seed] = place
+    return None
 
 
 def _further(draft: _Draft, read: Callable[[Record], Mapping[str, float]]) -> dict[tuple[str, str], Stat]:

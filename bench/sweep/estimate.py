@@ -23,7 +23,7 @@ from bench.matrix import Planned, Training, digest
 from bench.method import METHODS
 from bench.sweep.plan import Plan
 from bench.sweep.record import Record, device_name, hardware_facts, parse_record
-from bench.sweep.store import DONE, RECORD, Store
+from bench.sweep.store import RECORD, Store, list_cells
 
 COSTLY = ("engine", "zero_stage", "precision", "tf32", "channels_last", "compile", "sync_batchnorm", "ema", "deterministic", "accumulate")
 """Settings of ``train`` that change what a step costs; the others change how many steps there are, or nothing."""
@@ -111,11 +111,11 @@ class History:
 def read_history(results: Path) -> History:
     """What the finished cells of a results folder cost. A record that cannot be read is left out with a warning: no result hangs on it."""
     records = []
-    for marker in sorted((results / "cells").rglob(DONE)):
+    for folder in list_cells(results / "cells"):
         try:
-            records.append(parse_record((marker.parent / RECORD).read_bytes()))
+            records.append(parse_record((folder / RECORD).read_bytes()))
         except (OSError, ValueError) as error:
-            _log.warning("%s is not readable and left out of estimates: %s", marker.parent / RECORD, str(error).splitlines()[0])
+            _log.warning("%s is not readable and left out of estimates: %s", folder / RECORD, str(error).splitlines()[0])
     return History(records)
 
 

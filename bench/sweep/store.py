@@ -15,19 +15,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from bench.data.atomic import PARTIAL_SUFFIX, fsync_folder, write_bytes_atomic, write_json_atomic
+from bench.data.atomic import PARTIAL_SUFFIX, fsync_folder, temporary_folder, write_bytes_atomic, write_json_atomic
 from bench.evaluation.averages import AverageMaps, write_average_maps
 from bench.evaluation.rows import Rows, read_rows, write_rows
 from bench.matrix import Cell, Planned, Training
 from bench.sweep.record import Record, parse_record
-from bench.training.checkpoint import hash_file
-from bench.training.trainer import TRAINED, read_trained
+from bench.training.checkpoint import DamagedCheckpointError, check_checkpoint, hash_file, newest_checkpoint
+from bench.training.trainer import TRAINED, read_trained, selected_weights
 
 _log = logging.getLogger(__name__)
 
@@ -115,6 +115,14 @@ class Store:
         except ValueError as error:
             return self._named(str(error))
 
+    def _has_weights(self, training: Training) -> bool:
+        """Whether the selected weights of a finished training are whole: a look at all their bytes. If not so, a warning names the file."""
+        try:
+            check_checkpoint(selected_weights(self.training_folder(training)))
+        except DamagedCheckpointError as error:
+            return self._named(f"{error}; bench run trains it again")
+        return True
+
     def _named(self, damage: str) -> Literal[False]:
         """Warn of a damaged file once, and count it as not there."""
         if damage not in self._warned:
@@ -128,7 +136,7 @@ class Store:
         while place.exists():
             place = place.with_name(f"{place.name}-again")
         place.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(place)
+        shutil.move(path, place)  # a part of the results folder may be a link to another disk
         _log.warning("%s cannot be used and is kept as %s", path, place)
 
     def write(self, cell: Cell, rows: Rows, maps: AverageMaps, make_record: Callable[[Hashes], Record]) -> Path:
@@ -147,13 +155,12 @@ class Store:
         if (final / DONE).exists():
             self._set_aside(final)
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+        temporary = temporary_folder(final)
         try:
             write_rows(temporary / ROWS, rows)
             write_average_maps(temporary / MAPS, maps)
             record = make_record(Hashes(rows=hash_file(temporary / ROWS), maps=hash_file(temporary / MAPS)))
             write_bytes_atomic(temporary / RECORD, (record.model_dump_json(indent=2) + "\n").encode())
-            temporary.chmod(0o755)
             if final.exists():
                 shutil.rmtree(final)
             temporary.rename(final)
@@ -184,16 +191,18 @@ class Store:
 
     def newest_checkpoint(self, training: Training) -> Path | None:
         """The folder of the last checkpoint of an unfinished training; its name is the number of steps done."""
-        folder = self.training_folder(training) / "checkpoints"
-        return max((path for path in folder.glob("[0-9]*") if path.is_dir()), default=None)
+        return newest_checkpoint(self.training_folder(training) / "checkpoints")
 
     def tidy(self, planned: Planned) -> None:
-        """Remove what interrupted writes left behind, and set a training aside that says it is finished and cannot be read.
+        """Remove what interrupted writes left behind, and set a training aside that says it is finished and is damaged.
 
         Only for who holds the lease of the training: another may be writing.
+
+        Raises:
+            PermissionError: the weights are there and cannot be read, which is no damage.
         """
         folder = self.training_folder(planned.training)
-        if (folder / TRAINED).exists() and not self.is_trained(planned.training):
+        if (folder / TRAINED).exists() and not (self.is_trained(planned.training) and self._has_weights(planned.training)):
             self._set_aside(folder)
         leftovers = [*folder.glob(f"*{PARTIAL_SUFFIX}"), *folder.glob("checkpoints/.*"), *folder.glob("best/.*")]
         if self.is_trained(planned.training):
@@ -209,6 +218,35 @@ class Store:
                 leftover.unlink()
 
 
+def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """A folder and all below it, each with the names of the folders and files in it, in order; names of folders taken out are not entered.
+
+    Links to folders are followed, as a run follows them: a part of the results may lie on another disk. What several links lead to comes
+    once.
+    """
+    seen = set()
+    for name, below, files in os.walk(root, followlinks=True):
+        place = os.path.realpath(name)
+        if place in seen:
+            below.clear()
+            continue
+        seen.add(place)
+        folder = Path(name)
+        below.sort(key=lambda child: ((folder / child).is_symlink(), child))  # a folder counts by its own name, if it has one here
+        yield folder, below, files
+
+
+def list_cells(root: Path) -> list[Path]:
+    """The folders of all finished cells below a folder, in a stable order, but for those that were set aside as damaged."""
+    cells = []
+    for folder, below, files in walk(root):
+        if "damaged" in below:
+            below.remove("damaged")
+        if DONE in files:
+            cells.append(folder)
+    return sorted(cells)
+
+
 def read_records(root: Path, *, strict: bool = False) -> Iterator[tuple[Path, Record]]:
     """All finished records below a folder, in a stable order, with their folders.
 
@@ -219,10 +257,8 @@ def read_records(root: Path, *, strict: bool = False) -> Iterator[tuple[Path, Re
     Raises:
         ValueError: a damaged record, naming the file, where ``strict``.
     """
-    for marker in sorted(root.rglob(DONE)):
-        if "damaged" in marker.relative_to(root).parts:
-            continue
-        path = marker.parent / RECORD
+    for folder in list_cells(root):
+        marker, path = folder / DONE, folder / RECORD
         try:
             record = parse_record(path.read_bytes())
         except (OSError, ValueError) as error:
@@ -231,7 +267,7 @@ def read_records(root: Path, *, strict: bool = False) -> Iterator[tuple[Path, Re
                 raise ValueError(f"{reason}. Remove {marker}, and bench run makes the record again") from error
             _log.warning("%s. It is left out. Remove %s, and bench run makes the record again", reason, marker)
             continue
-        yield marker.parent, record
+        yield folder, record
 
 
 def read_cell_rows(folder: Path) -> Rows:

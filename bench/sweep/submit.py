@@ -12,7 +12,6 @@ import re
 import shutil
 import socket
 import tarfile
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 from tabulate import tabulate
 
 from bench import __version__
-from bench.data.atomic import atomic_file
+from bench.data.atomic import atomic_file, temporary_folder
 from bench.method import METHODS
 from bench.registry import did_you_mean
 from bench.sweep.record import Record
@@ -111,12 +110,11 @@ def write_submission(submission: Submission, out: Path) -> None:
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"--out {out} is there already; give a new folder, or a name that ends in .tar.gz")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    temporary = temporary_folder(out)
     try:
         for name, content in _files(submission):
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_bytes(content)
-        temporary.chmod(0o755)
         temporary.replace(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

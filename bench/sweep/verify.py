@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from bench.data.index import INDEX_NAME, Index, load_index
 from bench.evaluation.differences import compare_rows
 from bench.evaluation.rows import Rows
-from bench.sweep.store import DONE, RECORD, ROWS, read_cell_rows
+from bench.sweep.store import DONE, RECORD, ROWS, read_cell_rows, walk
 from bench.sweep.verify_record import Facts, Problem, check_record, hash_arrays, hash_order, shown
 
 OTHER_PASS = 1e-4
@@ -103,7 +102,8 @@ def verify(
 
 
 def find_cells(paths: Sequence[Path]) -> tuple[list[Path], list[Problem]]:
-    """The folders of all records, each once, and the links met below ``cells`` on the way, which are not followed.
+    """The folders of all records, each once, and the links met below ``cells`` on the way, which are not followed: records that others made
+    may hold any. Links above are followed, and so is ``cells`` itself.
 
     Raises:
         FileNotFoundError: nothing there, or no record in it.
@@ -117,17 +117,14 @@ def find_cells(paths: Sequence[Path]) -> tuple[list[Path], list[Problem]]:
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: there is nothing; give a {RECORD}, the folder of a cell, or a results folder")
         before = len(folders)
-        for name, below, files in os.walk(path):
-            folder = Path(name)
-            below.sort()
+        for folder, below, files in walk(path):
             # What has a marker counts in tables, wherever it lies; what has none may be half written, under a hidden name.
             if DONE in files or (RECORD in files and not folder.name.startswith(".")):
                 folders[folder] = None
-            problems += [
-                Problem(folder / one, "folder", "a folder", "it is a symbolic link", "links are not followed: nothing in it was looked at")
-                for one in below
-                if "cells" in folder.parts and (folder / one).is_symlink()
-            ]
+            for link in [name for name in below if "cells" in folder.parts and (folder / name).is_symlink()]:
+                below.remove(link)
+                meaning = f"links are not followed: nothing in it was looked at; if it is yours: bench verify {folder / link}"
+                problems.append(Problem(folder / link, "folder", "a folder", "it is a symbolic link", meaning))
         if len(folders) == before and not problems:
             raise FileNotFoundError(f"{path}: no {RECORD} in it or below. A results folder is made by: bench run --results {path}")
     return list(folders), problems

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -441,10 +441,11 @@ def _table(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _read(path: Path, record: Record) -> tuple[list[Problem], Rows | None]:
     """The rows, if their file is of the form of `write_rows`."""
     try:
-        problems = list(_form_problems(path, classes=len(record.data.classes)))
-        if problems:
-            return problems, None
-        table = pq.read_table(path, use_threads=False)
+        with path.open("rb") as file:  # given a path, pyarrow takes one with a colon for an address
+            problems = list(_form_problems(path, file, classes=len(record.data.classes)))
+            if problems:
+                return problems, None
+            table = pq.read_table(file, use_threads=False)
         for name in table.column_names:
             column = table[name].combine_chunks()
             if column.null_count or (name == "logits" and column.flatten().null_count):
@@ -471,10 +472,10 @@ def _read(path: Path, record: Record) -> tuple[list[Problem], Rows | None]:
     return problems, rows
 
 
-def _form_problems(path: Path, *, classes: int) -> Iterator[Problem]:
+def _form_problems(path: Path, file: BinaryIO, *, classes: int) -> Iterator[Problem]:
     """What is wrong with the columns, from the file's own description of itself; nothing is unpacked yet but the keys."""
-    with pq.ParquetFile(path) as file:
-        schema, meta = file.schema_arrow, file.metadata
+    parquet = pq.ParquetFile(file)
+    schema, meta = parquet.schema_arrow, parquet.metadata
     unpacked = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
     if meta.num_rows > _MOST_ROWS or unpacked > _MOST_UNPACKED:
         found = f"it has {meta.num_rows} rows, {unpacked} bytes unpacked"
@@ -495,7 +496,7 @@ def _form_problems(path: Path, *, classes: int) -> Iterator[Problem]:
             fitting = False
             yield Problem(path, f"column {field.name}", str(wanted), f"it is {shown(str(field.type))}", "not a file of rows")
     if fitting:
-        keys = pq.read_table(path, columns=["key"], read_dictionary=["key"], use_threads=False)["key"]
+        keys = pq.read_table(file, columns=["key"], read_dictionary=["key"], use_threads=False)["key"]
         longest = max((pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0 for chunk in keys.chunks), default=0)
         if longest > _LONGEST_KEY:
             yield Problem(path, "column key", f"at most {_LONGEST_KEY} bytes", f"one has {longest}", "not read: no key is so long")

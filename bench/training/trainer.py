@@ -24,7 +24,16 @@ from bench.matrix import Training, digest
 from bench.method import Batch, Classifier, Method
 from bench.training.average import WeightAverage
 from bench.training.build import build_classifier, build_method, head_parameters
-from bench.training.checkpoint import load_checkpoint, load_latest, save_checkpoint
+from bench.training.checkpoint import (
+    Checkpoint,
+    DamagedCheckpointError,
+    check_checkpoint,
+    keep_only,
+    load_checkpoint,
+    load_latest,
+    save_checkpoint,
+    set_aside,
+)
 from bench.training.engine import Engine
 from bench.training.interruption import EverywhereError, Hold, LeaseLostError, StoppedError, Unshared
 from bench.training.observer import Observer, Work
@@ -128,11 +137,20 @@ def load_trained(training: Training, folder: Path, *, num_classes: int) -> Class
     Raises:
         bench.training.checkpoint.DamagedCheckpointError: a file is missing or altered.
     """
-    best = load_checkpoint(folder / "best" / read_trained(folder)["best"]["folder"])
+    best = load_checkpoint(selected_weights(folder))
     with without_loading():
         classifier = build_classifier(training, num_classes=num_classes)
     classifier.load_state_dict(best.model)
     return classifier.eval()
+
+
+def selected_weights(folder: Path) -> Path:
+    """The folder of a finished training's selected weights.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_trained`.
+    """
+    return Path(folder / "best" / read_trained(folder)["best"]["folder"])
 
 
 def read_trained(folder: Path) -> dict[str, Any]:
@@ -198,6 +216,8 @@ class _Trainer:
         if self.average:
             self.average.module.to(engine.device)
         self._pending: list[Tensor] = []
+        self._bests: list[str | None] = []
+        """Folders below ``best/`` that the last two checkpoints name."""
         self._unheeded, self._heed_every = 0, 1
         self._unwatched = True
 
@@ -386,8 +406,7 @@ class _Trainer:
                     if self.engine.is_main:
                         self.hold.confirm()
                         state = {"training": self.training.key, "epoch": epoch, "accuracy": accuracy}
-                        # Three, so that the checkpoint before the last still finds the best of its time.
-                        save_checkpoint(self.folder / "best", step=epoch, tensors={"model": selected.state_dict()}, state=state, keep=3)
+                        save_checkpoint(self.folder / "best", step=epoch, tensors={"model": selected.state_dict()}, state=state, keep=None)
                 progress.best = best
         progress.epoch, progress.step = epoch, 0
         progress.epochs.append(record)
@@ -403,6 +422,8 @@ class _Trainer:
         self.progress.seconds += now - self._clock
         self._clock = self._last_checkpoint = now
         optimiser = self.engine.strategy.optimiser_state(self.optimiser)  # of all processes, where each has a part
+        best = self.progress.best
+        self._bests = [*self._bests[-1:], best["folder"] if best else None]
         with self.engine.together():
             if self.engine.is_main:
                 self.hold.confirm()
@@ -417,10 +438,12 @@ class _Trainer:
                     state={"training": self.training.key, "scaler": self.engine.scaler_state(), **dataclasses.asdict(self.progress)},
                     keep=2,
                 )
+                # By name and not by age: an earlier try may have left later epochs, and the checkpoint before this one needs its own best.
+                keep_only(self.folder / "best", {name for name in self._bests if name is not None})
 
     def _resume(self) -> None:
         with self.engine.together():
-            found = load_latest(self.folder / "checkpoints") if self.engine.is_main else None
+            found = self._look_for_checkpoint() if self.engine.is_main else None
         name = self.engine.from_main(found.folder.name if found else None)
         if name is None:
             return
@@ -435,7 +458,30 @@ class _Trainer:
             self.engine.strategy.load_optimiser_state(self.optimiser, checkpoint.optimiser)
         self.engine.load_scaler_state(state["scaler"])
         self.progress = _Progress(**{field.name: state[field.name] for field in dataclasses.fields(_Progress) if field.name in state})
+        best = self.progress.best
+        self._bests = [best["folder"] if best else None]
         _log.info("%s: resumed at step %d", self.training.label, len(self.progress.losses))
+
+    def _look_for_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint that can be gone on from. Where there is none, nothing of an earlier try stays in ``best/``."""
+        self.hold.confirm()
+        checkpoints, best = self.folder / "checkpoints", self.folder / "best"
+        checkpoint = load_latest(checkpoints, check=self._check_best)
+        if checkpoint is None and best.is_dir():
+            checkpoints.mkdir(exist_ok=True)
+            place = set_aside(best, into=checkpoints)
+            _log.warning("%s: begins anew; the best weights of before are kept as %s until it ends", self.training.label, place)
+        return checkpoint
+
+    def _check_best(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint of this training whose best weights are lost: a training that goes on from it may end without any."""
+        best = checkpoint.state["best"]
+        if best is None or checkpoint.state["training"] != self.training.key:
+            return
+        try:
+            check_checkpoint(self.folder / "best" / best["folder"])
+        except DamagedCheckpointError as error:
+            raise DamagedCheckpointError(f"checkpoint {checkpoint.folder} is of no use without its best weights: {error}") from error
 
     def _finish(self) -> dict[str, Any]:
         progress = self.progress

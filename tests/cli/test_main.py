@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from bench.cli.summary import summary
+from bench.sweep.run import Outcome
 from tests.reporting import cells
 
 
@@ -83,6 +87,20 @@ def test_a_leaderboard_of_nothing_says_what_to_type(bench_here, tmp_path):
     done = bench_here("leaderboard", "--results", "nowhere", cwd=tmp_path)
     assert done.returncode == 2
     assert "bench run --profile quick --results nowhere" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "status", "leaderboard"])
+def test_brackets_in_the_name_of_a_folder_are_shown(bench_here, project, command):
+    (project / "re[s]1").mkdir()
+    done = bench_here(command, "--results", "re[s]1", cwd=project)
+    assert "re[s]1" in done.stdout
+
+
+def test_brackets_in_the_name_of_a_folder_are_shown_at_the_end_of_a_run(monkeypatch, capsys):
+    monkeypatch.setattr("bench.cli.leaderboard.show_tables", lambda _: None)
+    plan = SimpleNamespace(settings=SimpleNamespace(config=SimpleNamespace(run=SimpleNamespace(results=Path("re[s]1")))))
+    summary(plan, Outcome(ran=(), skipped=(), failed={"cam": "no"}, trained=0, seconds=0.0))
+    assert "bench leaderboard --results re[s]1\n" in capsys.readouterr().out
 
 
 def test_a_run_prints_its_leaderboard_and_every_format_works(run_bench, bench_here, project):

@@ -294,6 +294,11 @@ def test_a_byte_that_changes_after_the_hashes_were_compared_is_found(tmp_path):
         list(reader.eval_batches(rank=0, world_size=1, batch_size=4))
 
 
+def test_batches_of_workers_do_not_lie_in_shared_memory(folder):
+    (batch, *_) = opened(folder, workers=1).eval_batches(rank=0, world_size=1, batch_size=5)
+    assert not any(getattr(batch, field.name).is_shared() for field in dataclasses.fields(batch))
+
+
 def test_worker_processes_pass_on_the_names(damaged):
     data = bytearray(damaged.original)
     member = damaged.shard.members[3]

@@ -7,7 +7,7 @@ import pytest
 
 from bench.dataset import EXPRESSIONS
 from bench.evaluation.metrics import compute_metrics
-from bench.evaluation.rows import Rows, read_rows, write_rows
+from bench.evaluation.rows import Rows, read_columns, read_rows, write_rows
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "cosines.npz", allow_pickle=False)
 EXPRESSIVE = [name != "neutral" for name in EXPRESSIONS]
@@ -93,3 +93,12 @@ def test_a_damaged_file_of_rows_is_an_error_that_names_it(tmp_path):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match=r"rows\.parquet"):
         read_rows(tmp_path / "rows.parquet")
+
+
+def test_rows_in_a_folder_whose_name_looks_like_an_address_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("exp:1") / "re[s]1"
+    folder.mkdir(parents=True)
+    write_rows(folder / "rows.parquet", _golden_rows())
+    assert list(read_rows(folder / "rows.parquet").keys) == list(_golden_rows().keys)
+    assert len(read_columns(folder / "rows.parquet", ["label"])["label"]) == len(_golden_rows().keys)

@@ -232,6 +232,14 @@ def test_several_settings_of_one_cell_are_refused(tmp_path):
         compared(tmp_path, "cam", "acol")
 
 
+def test_two_runs_of_one_seed_are_both_named(tmp_path):
+    for place in ("here", "there"):
+        cell(tmp_path / place)
+    cell(tmp_path, method="acol")
+    with pytest.raises(ValueError, match=r"with the same seed, .*/here/.* and .*/there/.*: select one"):
+        compared(tmp_path, "cam", "acol")
+
+
 def test_the_command_prints_words_table_and_json(tmp_path, bench_here):
     cell(tmp_path / "results", accuracy=0.9)
     cell(tmp_path / "results", method="acol", accuracy=0.5)

@@ -8,6 +8,7 @@ import re
 import shutil
 import statistics
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -124,6 +125,11 @@ def test_two_guidance_settings_are_two_rows_beside_the_same_unguided_runs():
 def test_the_same_seed_twice_is_an_error():
     with pytest.raises(ValueError, match="same seed"):
         build_tables([record(), record()])
+
+
+def test_two_copies_of_a_record_are_both_named():
+    with pytest.raises(ValueError, match=r"same seed: here/a and there/a\. Move one of them away"):
+        build_from_runs([Run(record=record(), folder=Path(place) / "a") for place in ("here", "there")])
 
 
 def test_a_test_selected_table_says_that_it_is_optimistic():

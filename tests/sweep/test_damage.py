@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 
 import pytest
 
 from bench.sweep.store import Store, read_marker, read_records
-from bench.training.trainer import read_trained
+from bench.training import trainer
+from bench.training.trainer import read_trained, selected_weights
 
 ONE = {"run__methods": ["cam", "gradcam"], "run__guidance": ["none"], "train__epochs": 1}
 
@@ -95,3 +98,97 @@ def test_a_damaged_trained_json_is_told_with_its_path(tmp_path, content):
     (tmp_path / "trained.json").write_text(content)
     with pytest.raises(ValueError, match=r"trained\.json is damaged: .*bench run trains it again"):
         read_trained(tmp_path)
+
+
+# Checkpoints and best weights. Four steps an epoch, and a checkpoint after each.
+
+LONG = {"run__guidance": ["none"], "train__epochs": 4}
+
+
+@pytest.fixture
+def fail_at(go, project, monkeypatch):
+    """Run until a step fails; returns the folder of the training."""
+    real = trainer._Trainer._step
+
+    def run(number):
+        def step(self, raw):
+            if len(self.progress.losses) + len(self._pending) + 1 == number:
+                raise RuntimeError("no")
+            return real(self, raw)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer._Trainer, "_step", step)
+            assert go(**LONG).failed
+        (folder,) = (project / "results" / "trainings").iterdir()
+        return folder
+
+    return run
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def damage(folder):
+    (folder / "model.safetensors").write_bytes(b"cut")
+
+
+def test_after_damaged_checkpoints_the_new_ones_are_gone_on_from(go, fail_at, caplog):
+    folder = fail_at(14)
+    for path in (folder / "checkpoints").iterdir():
+        damage(path)
+    fail_at(6)
+    assert names(folder / "checkpoints") == ["00000004", "aside-00000008", "aside-00000012", "aside-best"]
+    with caplog.at_level(logging.INFO):
+        assert not go(**LONG).failed
+    assert "resumed at step 4" in caplog.text
+    assert not (folder / "checkpoints").exists()
+
+
+def test_best_weights_of_an_earlier_try_do_not_push_out_those_of_this_one(go, fail_at):
+    folder = fail_at(6)
+    shutil.rmtree(folder / "checkpoints")
+    for epoch in (5, 6, 7):
+        shutil.copytree(folder / "best" / "00000001", folder / "best" / f"{epoch:08d}")
+    assert not go(**LONG).failed
+    assert selected_weights(folder).is_dir()
+    assert not any((folder / "best" / f"{epoch:08d}").exists() for epoch in (5, 6, 7))
+
+
+def test_best_holds_what_the_checkpoints_name_and_no_more(fail_at):
+    folder = fail_at(14)
+    named = {json.loads((path / "state.json").read_text())["best"]["folder"] for path in (folder / "checkpoints").iterdir()}
+    assert set(names(folder / "best")) == named
+
+
+def test_a_checkpoint_whose_best_weights_are_lost_is_not_gone_on_from(go, fail_at, caplog):
+    folder = fail_at(6)
+    damage(folder / "best" / "00000001")
+    assert not go(**LONG).failed
+    assert "00000004 is of no use without its best weights" in caplog.text
+
+
+def test_a_finished_training_whose_weights_are_damaged_is_trained_again(go, finished, caplog):
+    before = weights(finished)
+    (folder,) = (finished / "trainings").iterdir()
+    damage(selected_weights(folder))
+    files(finished, "DONE")[0].unlink()
+    outcome = go(**ONE)
+    assert (outcome.failed, len(outcome.ran), outcome.trained) == ({}, 1, 1)
+    assert "model.safetensors has another sha256; bench run trains it again" in caplog.text
+    assert weights(finished) == before
+    assert (finished / "damaged" / "trainings" / folder.name / "trained.json").is_file()
+
+
+def test_weights_that_may_not_be_read_fail_the_cell_and_stay_where_they_are(go, finished, monkeypatch):
+    (folder,) = (finished / "trainings").iterdir()
+    files(finished, "DONE")[0].unlink()
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("bench.training.checkpoint.hash_file", refuse)
+    (reason,) = go(**ONE).failed.values()
+    assert "cannot be read: Permission denied" in reason
+    assert "damaged" not in reason
+    assert selected_weights(folder).is_dir()

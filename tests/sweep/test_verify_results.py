@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -122,6 +123,12 @@ def test_what_a_run_leaves_is_sound(honest, data_root):
 @pytest.mark.parametrize("schema", ["schema1", "schema2", "schema3"])
 def test_a_record_of_an_older_schema_is_sound(schema, request):
     assert found(request.path.parents[1] / GOLDEN / schema) == []
+
+
+def test_a_folder_whose_name_looks_like_an_address_is_a_folder(honest, tmp_path, monkeypatch):
+    honest.rename(tmp_path / "exp:1")
+    monkeypatch.chdir(tmp_path)
+    assert not found(Path("exp:1"))
 
 
 def test_a_cell_and_a_record_are_looked_at_alone(honest):

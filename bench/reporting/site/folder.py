@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.data.atomic import fsync_folder, write_json_atomic
+from bench.data.atomic import fsync_folder, temporary_folder, write_json_atomic
 
 MARKER = ".bench-site.json"
 """Says that a folder is a site, and which files are its own."""
@@ -55,7 +54,7 @@ def fresh_site(out: Path) -> Iterator[Path]:
     out = out.resolve()
     check_site_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    work = temporary_folder(out)
     old = work / "old"
     try:
         new = work / "new"

@@ -60,7 +60,10 @@ def write_site(results: Path, out: Path, *, data: Path, faces: bool = False, ref
     found = list(read_records(results))
     if not found:
         raise ValueError(f"no finished cells in {results} yet; first: bench run --results {results}")
-    runs = [Run(record=record, samples=load_samples(folder / ROWS, record), verified=is_verified(folder)) for folder, record in found]
+    runs = [
+        Run(record=record, samples=load_samples(folder / ROWS, record), verified=is_verified(folder), folder=folder)
+        for folder, record in found
+    ]
     tables = build_tables(runs)
     site = _Site(found, runs, tables, prepared=Prepared(data), faces=faces, reference=reference)
     with fresh_site(out) as folder:
