@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
 from pydantic import Field, field_validator
 
 from bench.data.landmark_table import LandmarkTable
 from bench.data.pictures import decode_picture, landmarks_touch, orient_landmarks
 from bench.data.splits import cut_val, hash_sources, mixed
-from bench.dataset import DATASETS, EXPRESSIONS, SPLITS, BadPictureError, Dataset, Face, Item
+from bench.dataset import DATASETS, EXPRESSIONS, SPLITS, BadPictureError, Dataset, Face, Item, Rejected
 
 LANDMARKS_NAME = "landmarks.csv"
 _SPLIT_ALIASES = {"valid": "val", "validation": "val", "dev": "val", "training": "train", "testing": "test"}
@@ -68,6 +69,7 @@ class Folder(Dataset):
         self._classes: tuple[str, ...] | None = None
         self._table: LandmarkTable | None = None
         self._provenance: dict[str, Any] = {}
+        self._rejected: list[Rejected] = []
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -81,6 +83,7 @@ class Folder(Dataset):
     def splits(self) -> Mapping[str, Sequence[Item]]:
         """List every picture, cut val if there is none, and check ``landmarks.csv`` to the last cell."""
         folders = self._split_folders()
+        self._rejected.clear()
         notes: list[str] = []
         stray = [p.name for p in _folders(self.root) if p.name not in folders]
         if stray:
@@ -119,6 +122,10 @@ class Folder(Dataset):
             raise BadPictureError(f"all landmarks lie outside the {width} x {height} picture; are they in pixels of this very file?")
         return Face(image=image, landmarks=landmarks)
 
+    def rejected(self) -> Sequence[Rejected]:
+        """Files in folders of classes that are no pictures, neither by their names nor by their content."""
+        return tuple(self._rejected)
+
     def provenance(self) -> Mapping[str, Any]:
         """How val came about, the hash of ``landmarks.csv``, and what was odd."""
         return self._provenance
@@ -142,7 +149,11 @@ class Folder(Dataset):
     def _items(self, split: Path) -> list[Item]:
         pattern = re.compile(self.options.identity_pattern) if self.options.identity_pattern else None
         items = []
+        real: dict[Path, Path] = {}
         for folder in _folders(split):
+            twin = real.setdefault(folder.resolve(), folder)
+            if twin != folder:
+                raise ValueError(f"{folder} and {twin} are one folder, by a link: each of its pictures would be of two classes. Remove one")
             label = self.classes.index(folder.name)
             for path in sorted(folder.iterdir()):
                 if path.name.startswith("."):
@@ -154,6 +165,9 @@ class Folder(Dataset):
                     source.encode()
                 except UnicodeEncodeError:
                     raise ValueError(f"{folder}: the file name {path.name!r} is not valid UTF-8. Rename it") from None
+                if path.suffix.lower() not in Image.registered_extensions() and (reason := _no_picture(path)):
+                    self._rejected.append(Rejected(split=split.name, source=source, reason=reason))
+                    continue  # it takes no picture's place in the cut of val
                 match = pattern.search(path.name) if pattern else None
                 items.append(Item(source=source, label=label, identity=match.group(1) if match else None))
         if not items:
@@ -215,6 +229,15 @@ class Folder(Dataset):
             first = min(source for source in pictures if source not in table)
             notes.append(f"{LANDMARKS_NAME}: {lacking} of {len(pictures)} pictures have no row, first: {first}")
         return {"file_sha256": table.sha256, "rows": len(table), "rows_without_picture": len(orphans), "pictures_without_row": lacking}
+
+
+def _no_picture(path: Path) -> str:
+    """Why a file with the ending of no picture is none; empty if it is one all the same."""
+    try:
+        decode_picture(path.read_bytes())
+    except BadPictureError as error:
+        return str(error)
+    return ""
 
 
 def _folders(parent: Path) -> list[Path]:

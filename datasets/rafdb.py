@@ -13,6 +13,7 @@ points, not by detected ones: the same for everybody, and no face is missed.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import math
 import os
@@ -152,7 +153,7 @@ class RAFDB(PublishedDataset):
         found, names = self._of_folds(notes) if self.options.folds else self._of_list(notes)
         for split, items in found.items():
             if not items:
-                lost = [line for line in self._rejected if line.split == split]
+                lost = [line for line in self._rejected if line.split in (split, "?")]
                 first = f"; the first of {len(lost)} unusable ones: {lost[0].source}: {lost[0].reason}" if lost else ""
                 raise ValueError(f"{self.root}: no picture of split {split!r} can be used{first}")
         self._facts["alignment"] = TEMPLATE_NAME if self._facts["source"] == "original" else None
@@ -211,7 +212,7 @@ class RAFDB(PublishedDataset):
         data = path.read_bytes()
         self._facts["annotation_sha256"] = hashlib.sha256(data).hexdigest()
         parsed: list[tuple[int, str, int]] = []
-        for number, raw_line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        for number, raw_line in enumerate(_lines_of(data), start=1):
             if not raw_line.strip():
                 continue
             try:
@@ -219,8 +220,11 @@ class RAFDB(PublishedDataset):
             except UnicodeDecodeError:
                 self._reject("?", f"{LIST_NAME}: line {number}", f"not UTF-8: {raw_line[:80]!r}")
                 continue
-            match = re.fullmatch(r"(.*\S)[ \t]+([0-9]{1,9})", line)
-            if match:
+            # As shipped: NAME LABEL. Spreadsheets make commas or semicolons of the space, and 5.0 of 5.
+            match = re.fullmatch(r"(.*[^\s,;])(?:[ \t]+|[ \t]*[,;][ \t]*)([0-9]{1,9})(?:\.0+)?", line)
+            if match and re.search(r"[\s,;][0-9.]+$", match.group(1)):
+                self._reject("?", f"{LIST_NAME}: line {number}", f"has more than two columns, NAME LABEL are wanted: {line[:80]!r}")
+            elif match:
                 parsed.append((number, match.group(1), int(match.group(2))))
             else:
                 self._reject("?", f"{LIST_NAME}: line {number}", f"is not NAME LABEL, such as 'train_00001.jpg 5': {line[:80]!r}")
@@ -411,6 +415,13 @@ class RAFDB(PublishedDataset):
                 raise
             return []
         return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _lines_of(data: bytes) -> list[bytes]:
+    """Lines of a text file with any line ends, without its byte order mark; UTF-16, which has one, becomes UTF-8."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        data = data.decode("utf-16", errors="replace").encode()
+    return data.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
 
 
 def _five_points(lines: Sequence[str]) -> npt.NDArray[np.float64]:

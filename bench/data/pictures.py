@@ -20,6 +20,9 @@ MAX_PIXELS = 100_000_000
 """Larger pictures are refused before their pixels are unpacked: a few kilobytes can ask for gigabytes."""
 
 
+_HEIF = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+
+
 class Decoded(NamedTuple):
     """A picture the right way up."""
 
@@ -32,7 +35,8 @@ class Decoded(NamedTuple):
 def decode_picture(data: bytes) -> Decoded:
     """Decode the bytes of a picture file into upright 8-bit RGB.
 
-    EXIF orientation is applied. Grey, palette, CMYK and YCbCr become RGB; 16-bit grey keeps its upper 8 bits; transparent pixels are laid
+    EXIF orientation is applied. Grey, palette, CMYK and YCbCr become RGB; 16-bit grey keeps its upper 8 bits, and is refused where it looks
+    like 12-bit data, of which nearly nothing would be left; transparent pixels are laid
     on black; of an animation the first frame is taken. Colour profiles are not applied.
 
     Raises:
@@ -54,6 +58,8 @@ def decode_picture(data: bytes) -> Decoded:
     except (BadPictureError, MemoryError):
         raise
     except UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and data[8:12] in _HEIF:
+            raise BadPictureError("a HEIC picture, as telephones make them, which Pillow cannot read: convert it to JPEG or PNG") from None
         raise BadPictureError("not a picture in any format Pillow knows") from None
     except Image.DecompressionBombError:
         raise BadPictureError(f"more than the {MAX_PIXELS} pixels that are unpacked") from None
@@ -69,6 +75,11 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         values = np.asarray(picture).astype(np.int64)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise BadPictureError("grey values beyond 16 bits; convert the file to 8 bits")
+        if 0 < values.max() < 1 << 12:
+            raise BadPictureError(
+                f"a 16-bit file with values up to {values.max()} only, as data of 12 bits or fewer have: it would be almost black; "
+                f"convert it to 8 bits"
+            )
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
