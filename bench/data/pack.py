@@ -43,6 +43,7 @@ from bench.data.atomic import PARTIAL_SUFFIX, atomic_file, fsync_folder, write_b
 from bench.data.index import INDEX_NAME, REPORT_NAME, BadPicture, Index, Member, Shard, Split, count_classes, hash_keys, load_index
 from bench.data.landmarks import Landmarker, describe_source, open_landmarker
 from bench.data.pictures import encode_jpeg, letterbox
+from bench.data.plausibility import check_plausible
 from bench.data.verify import verify
 from bench.dataset import DATASETS, SPLITS, BadPictureError, Dataset, Face, Item
 from bench.registry import check_options, load_plugin
@@ -157,7 +158,8 @@ def prepare(
 
     Raises:
         ValueError: wrong options, layout or annotation; ``out`` holds something else; too little disk space; no usable picture in a
-            split; another number of pictures than published, without ``allow_partial``; landmarks that cannot be found here.
+            split; another number of pictures than published, without ``allow_partial``; landmarks that cannot be found here, or that
+            cannot be right in most of the pictures.
         BusyError: another process is preparing ``out``.
         FileNotFoundError: ``raw`` does not exist.
         RuntimeError: a worker died, or the dataset's code failed; finished shards are kept.
@@ -197,6 +199,9 @@ def prepare(
             if on_progress:
                 on_progress(Progress(done=total, total=total, reused=total, bad=len(index.bad_pictures)))
             return index
+        if checked.landmarks == "shipped" and not entry.info.embedded:
+            odd = [note for split, items in splits.items() if split != "val" for note in check_plausible(dataset, split=split, items=items)]
+            described["notes"] = [*described.get("notes", []), *odd]
         made_with = _made_with()
         _open_journal(out, {**plan, "made_with": made_with}, overwrite=overwrite)
         jobs = [

@@ -325,12 +325,13 @@ def deadly_read(self, item):
     return read(self, item)
 def deadly_progress(progress):
     import multiprocessing
+    if workers == 1:
+        Folder.read = deadly_read  # counts from the first shard on: landmarks are looked at before
     if workers > 1 and progress.done >= deadly:
         print(*[child.pid for child in multiprocessing.active_children()], flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
     pack.SHARD_ITEMS = 4
-    Folder.read = deadly_read if workers == 1 else read
     pack.prepare("folder", name="mine", options={"size": 32, "val_fraction": 0.25}, raw=raw, out=out, workers=workers,
                  on_progress=deadly_progress)
 """

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -199,7 +200,7 @@ def test_landmarks_turn_with_the_exif_orientation_unless_told_otherwise(root):
 
 
 def test_landmarks_beside_the_picture_make_it_a_bad_one(root):
-    write_csv(root, [row("test/sadness/P0_0.png", [500] * 136)])
+    write_csv(root, [row("test/sadness/P0_0.png", [500 + i % 9 for i in range(136)])])
     with pytest.raises(BadPictureError, match="all landmarks lie outside the 20 x 16 picture"):
         folder(root).read(Item(source="test/sadness/P0_0.png", label=0))
 
@@ -258,7 +259,7 @@ def test_the_number_of_malformed_rows_is_told(root):
 
 
 def test_fractions_instead_of_pixels_are_refused(root):
-    write_csv(root, [row(source, [0.5] * 136) for source in sources(root)])
+    write_csv(root, [row(source, [0.5 + i % 9 / 50 for i in range(136)]) for source in sources(root)])
     refused(root, "no coordinate exceeds 1")
 
 
@@ -286,3 +287,30 @@ def test_tables_from_a_spreadsheet_on_windows_are_read(tmp_path):
 def test_bytes_that_are_no_utf8_are_refused(root):
     (root / "landmarks.csv").write_bytes(HEADER.encode() + b"\ntrain/\xff.png")
     refused(root, "not UTF-8 at byte")
+
+
+@pytest.mark.parametrize("value", [0, -1, 7])
+def test_a_row_with_all_points_in_one_place_means_no_landmarks_and_is_counted(root, value):
+    names = sources(root)
+    write_csv(root, [row(names[0], [value] * 136), *map(row, names[1:])])
+    dataset = folder(root)
+    dataset.splits()
+    assert dataset.read(Item(source=names[0], label=0)).landmarks is None
+    assert any(note.startswith("landmarks.csv: 1 of 36 rows have no landmarks") for note in dataset.provenance()["notes"])
+
+
+def test_a_csv_with_lone_carriage_returns_is_read(root):
+    path = root / "landmarks.csv"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r"))
+    assert len(LandmarkTable(path)) == 36
+
+
+def test_a_decomposed_file_name_finds_its_composed_row(root):
+    composed, decomposed = (unicodedata.normalize(form, "test/sadness/Zo\u00eb.png") for form in ("NFC", "NFD"))
+    before = sources(root)
+    picture(root / decomposed)
+    write_csv(root, [row(composed), *map(row, before)])
+    dataset = folder(root)
+    dataset.splits()
+    assert dataset.read(Item(source=decomposed, label=0)).landmarks is not None
+    assert not any("rows name no picture" in note for note in dataset.provenance()["notes"])
