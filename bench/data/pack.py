@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from difflib import get_close_matches
 from itertools import combinations
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,7 +46,7 @@ from bench.data.landmarks import Landmarker, describe_source, open_landmarker
 from bench.data.pictures import encode_jpeg, letterbox
 from bench.data.plausibility import check_plausible
 from bench.data.verify import verify
-from bench.dataset import DATASETS, SPLITS, BadPictureError, Dataset, Face, Item
+from bench.dataset import DATASETS, EXPRESSIONS, SPLITS, BadPictureError, Dataset, Face, Item
 from bench.registry import check_options, load_plugin
 
 SHARD_ITEMS = 512
@@ -158,8 +159,8 @@ def prepare(
 
     Raises:
         ValueError: wrong options, layout or annotation; ``out`` holds something else; too little disk space; no usable picture in a
-            split; another number of pictures than published, without ``allow_partial``; landmarks that cannot be found here, or that
-            cannot be right in most of the pictures.
+            split; one class only, a class without a picture in train or test, or another number of pictures than published, without
+            ``allow_partial``; landmarks that cannot be found here, or that cannot be right in most of the pictures.
         BusyError: another process is preparing ``out``.
         FileNotFoundError: ``raw`` does not exist.
         RuntimeError: a worker died, or the dataset's code failed; finished shards are kept.
@@ -179,6 +180,7 @@ def prepare(
     _check_items(entry_name, splits, classes)
     listed = {split: Counter(classes[item.label] for item in items) for split, items in splits.items()}
     _check_counts(entry_name, "listed", listed, dataset.expected(), allow_partial=allow_partial)
+    _check_classes(entry_name, "listed", listed, classes, allow_partial=allow_partial)
     rejected = tuple(BadPicture(split=r.split, source=r.source, reason=r.reason) for r in dataset.rejected())
     provenance = {**dataset.provenance(), "landmark_source": landmarks}
     described = json.loads(_canonical(provenance))  # what the index will say, hence what two runs can compare
@@ -202,6 +204,7 @@ def prepare(
         if checked.landmarks == "shipped" and not entry.info.embedded:
             odd = [note for split, items in splits.items() if split != "val" for note in check_plausible(dataset, split=split, items=items)]
             described["notes"] = [*described.get("notes", []), *odd]
+        described["notes"] = [*described.get("notes", []), *_class_notes(classes)]
         made_with = _made_with()
         _open_journal(out, {**plan, "made_with": made_with}, overwrite=overwrite)
         jobs = [
@@ -219,6 +222,8 @@ def prepare(
         index = _index(plan, splits, records, rejected=rejected, provenance=described, made_with=made_with, license_note=entry.info.license)
         made = {split: Counter(group.class_counts) for split, group in index.splits.items()}
         partial = _check_counts(entry_name, "usable", made, dataset.expected(), allow_partial=allow_partial)
+        for split, empty in _check_classes(entry_name, "usable", made, classes, allow_partial=allow_partial).items():
+            partial[split] = {**empty, **partial.get(split, {})}
         if partial:
             index = index.model_copy(update={"provenance": index.provenance | {"partial": partial}})
         for job, record in zip(jobs, records, strict=True):
@@ -287,14 +292,69 @@ def _check_counts(
     return differing
 
 
+def _check_classes(
+    entry_name: str, what: str, found: Mapping[str, Mapping[str, int]], classes: Sequence[str], *, allow_partial: bool
+) -> dict[str, dict[str, list[int]]]:
+    """Two classes at least, each with a picture to train and one to test on.
+
+    Args:
+        entry_name: registered dataset, for the message.
+        what: ``listed`` or ``usable``, the pictures that are counted.
+        found: split -> class -> pictures.
+        classes: every class name.
+        allow_partial: go on without.
+
+    Returns:
+        split -> class -> [0, 1], of the classes that have none of the one picture needed.
+
+    Raises:
+        ValueError: a class has none, or there is one class, without ``allow_partial``.
+    """
+    empty = {split: {name: [0, 1] for name in classes if not found[split].get(name)} for split in ("train", "test") if split in found}
+    empty = {split: names for split, names in empty.items() if names}
+    ways = "Or go on with --allow-partial: the index records it"
+    if len(classes) < 2 and not allow_partial:
+        raise ValueError(
+            f"dataset {entry_name!r} has one class, {classes[0]!r}: there is nothing to tell apart. Pictures of an own folder lie in "
+            f"train/CLASS/ and test/CLASS/, one folder a class. {ways}"
+        )
+    if empty and not allow_partial:
+        words = "; ".join(f"{split}: {', '.join(map(repr, names))}" for split, names in empty.items())
+        raise ValueError(
+            f"dataset {entry_name!r}: classes without a single {what} picture: {words}. Add or repair their pictures, "
+            f"or remove the class from every split, such as a folder that is no class. {ways}"
+        )
+    return empty
+
+
+def _class_notes(classes: Sequence[str]) -> list[str]:
+    """A sentence about class names that are no expressions, with the nearest expression of each."""
+    known = [name for name in classes if name in EXPRESSIONS]
+    other = [name for name in classes if name not in EXPRESSIONS]
+    if not other:
+        return []
+    words = []
+    for name in other[:10]:
+        close = get_close_matches(name.lower(), [name for name in EXPRESSIONS if name not in known], n=1, cutoff=0.5)
+        words.append(f"{name!r}{f' (did you mean {close[0]!r}?)' if close else ''}")
+    more = f" and {len(other) - 10} more" if len(other) > 10 else ""
+    return [
+        f"class names that are expressions: {', '.join(known) or 'none'}; not recognised: {', '.join(words)}{more}. Guidance and CAM-COS "
+        f"need the names {', '.join(EXPRESSIONS)}: rename these classes in the raw data if they are expressions, and prepare again"
+    ]
+
+
 def _hash_input(splits: Mapping[str, Sequence[Item]], raw: Path | None, provenance: Mapping[str, Any]) -> str:
-    """sha256 over what is listed (with file sizes, where sources are files) and what the dataset says about it."""
+    """sha256 over what is listed (with the files' bytes, where sources are files) and what the dataset says about it."""
     digest = hashlib.sha256(_canonical(provenance))
     for split, items in splits.items():
         for item in items:
             path = raw / item.source if raw is not None else None
-            size = path.stat().st_size if path is not None and path.is_file() else None
-            digest.update(_canonical([split, item.source, item.label, item.identity, size]) + b"\n")
+            content = None
+            if path is not None and path.is_file():
+                with path.open("rb") as file:  # by its bytes: a picture may be exchanged for one of the same size
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(_canonical([split, item.source, item.label, item.identity, content]) + b"\n")
     return digest.hexdigest()
 
 
@@ -691,6 +751,14 @@ def _overlaps(splits: Mapping[str, Sequence[Item]], by_split: Mapping[str, Seque
         for split, group in by_split.items()
     }
     notes = []
+    for split, group in by_split.items():
+        shown: dict[str, list[tuple[int, str]]] = {}
+        for record in group:
+            for member, digest in zip(record.shard.members, record.pictures, strict=True):
+                shown.setdefault(digest, []).append((member.label, splits[split][position_of(member.key)].source))
+        torn = sorted(sorted(source for _, source in same) for same in shown.values() if len({label for label, _ in same}) > 1)
+        if torn:
+            notes.append(f"{len(torn)} pictures of {split} are there under several classes, first: {' = '.join(torn[0])}")
     for one, other in combinations(splits, 2):
         same = sorted(people[one] & people[other])
         if same:

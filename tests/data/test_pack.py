@@ -160,11 +160,40 @@ def test_a_shard_of_bad_pictures_only_is_left_out(raw, tmp_path):
     assert verify(tmp_path / "out") == []
 
 
-def test_a_class_whose_pictures_are_all_bad_is_noted(raw, tmp_path):
+def test_a_class_whose_pictures_are_all_bad_is_refused_or_recorded_as_partial(raw, tmp_path):
     for path in raw.glob("test/happiness/*"):
         path.write_bytes(b"broken")
-    index = make(raw, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"without a single usable picture: test: 'happiness'.*--allow-partial"):
+        make(raw, tmp_path / "out")
+    index = make(raw, tmp_path / "out", allow_partial=True)
     assert "every picture of class 'happiness' in test is bad" in index.provenance["notes"]
+    assert index.provenance["partial"] == {"test": {"happiness": [0, 1]}}
+
+
+def test_names_that_are_no_expressions_are_noted_with_the_nearest():
+    (note,) = pack._class_notes(("happiness", "suprise", "7"))
+    assert "not recognised: 'suprise' (did you mean 'surprise'?), '7'" in note
+    assert pack._class_notes(("happiness", "anger")) == []
+
+
+def test_one_class_is_refused():
+    with pytest.raises(ValueError, match="has one class, 'images'"):
+        pack._check_classes("folder", "listed", {"train": {"images": 3}}, ("images",), allow_partial=False)
+
+
+def test_a_picture_under_two_classes_of_a_split_is_noted(raw, tmp_path):
+    twin = raw / "test/anger/zz.png"
+    twin.write_bytes((raw / "test/happiness/00.png").read_bytes())
+    notes = make(raw, tmp_path / "out").provenance["notes"]
+    assert "1 pictures of test are there under several classes, first: test/anger/zz.png = test/happiness/00.png" in notes
+
+
+def test_a_picture_exchanged_for_one_of_the_same_size_in_bytes_is_noticed(raw, tmp_path):
+    make(raw, tmp_path / "out")
+    path = raw / "test/anger/00.png"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match="have changed"):
+        make(raw, tmp_path / "out")
 
 
 def test_a_split_of_bad_pictures_only_is_an_error(raw, tmp_path):
@@ -391,7 +420,7 @@ class Broken(Dataset):
 def broken(tmp_path, name, splits):
     plugin = tmp_path / f"{name}.py"
     plugin.write_text(BROKEN_PLUGIN.format(name=name, splits=splits))
-    return prepare(name, name=name, options={}, raw=None, out=tmp_path / "out", workers=1, plugins=[str(plugin)])
+    return prepare(name, name=name, options={}, raw=None, out=tmp_path / "out", workers=1, plugins=[str(plugin)], allow_partial=True)
 
 
 def test_an_error_in_a_datasets_own_code_names_the_picture(tmp_path):
