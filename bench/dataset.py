@@ -17,6 +17,17 @@ from bench.registry import EntryInfo, EntryOptions, Registry
 EXPRESSIONS = ("neutral", "happiness", "surprise", "fear", "anger", "disgust", "sadness")
 """The seven expressions, in the order of the published code: class id = position."""
 
+_SYNONYMS = {
+    "neutral": ("neutrality", "calm"),
+    "happiness": ("happy", "joy"),
+    "surprise": ("surprised",),
+    "fear": ("fearful", "afraid", "scared"),
+    "anger": ("angry",),
+    "disgust": ("disgusted",),
+    "sadness": ("sad",),
+}
+EXPRESSION_NAMES: Mapping[str, int] = {name: i for i, expression in enumerate(EXPRESSIONS) for name in (expression, *_SYNONYMS[expression])}
+"""Names of classes that are expressions, in lower case -> position in `EXPRESSIONS`."""
 SPLITS = ("train", "val", "test")
 
 

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.data.pictures import decode_picture, orient_landmarks
+from bench.data.plausibility import is_one_place
 from bench.data.published import Folds, PublishedDataset, unsafe_path
 from bench.dataset import DATASETS, EXPRESSIONS, BadPictureError, Box, Face, Item
 from bench.registry import Default
@@ -818,11 +819,11 @@ def _label(text: str) -> int:
 
 
 def _landmarks(values: npt.NDArray[Any]) -> npt.NDArray[np.float64] | None:
-    """(136,) numbers or texts x0, y0, x1, y1, ... -> (68, 2); None where zeros or infinite values say that there are none."""
+    """(136,) numbers or texts x0, y0, x1, y1, ... -> (68, 2); None where infinite values, or one place for all, say that there are none."""
     if values.size != 136:
         raise ValueError(f"{values.size} numbers, 136 are needed")
     points = values.astype(np.float64).reshape(68, 2)
-    return points if np.isfinite(points).all() and points.any() else None
+    return points if np.isfinite(points).all() and not is_one_place(points) else None
 
 
 def _upright(points: npt.NDArray[np.float64], image: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.float64]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -202,10 +203,12 @@ class Folder(Dataset):
             return {"file_sha256": None}
         self._table = table = LandmarkTable(path)
         wrong: list[str] = []
+        faceless = 0
         largest = 0.0
         for source in table.sources():
             try:
                 points = table.points(source)
+                faceless += points is None
                 largest = max(largest, 0.0 if points is None else float(points.max()))
             except ValueError as error:
                 wrong.append(str(error))
@@ -215,7 +218,8 @@ class Folder(Dataset):
         if 0 < largest <= 1:
             raise ValueError(f"{path}: no coordinate exceeds 1; multiply them by the picture's width and height, pixels are needed")
         pictures = {item.source for items in found.values() for item in items}
-        orphans = [source for source in table.sources() if source not in pictures]
+        normal = {unicodedata.normalize("NFC", source) for source in pictures}
+        orphans = [source for source in table.sources() if source not in normal]
         if len(orphans) == len(table):
             raise ValueError(
                 f"{path}: no row names a picture of {self.root}"
@@ -224,6 +228,9 @@ class Folder(Dataset):
             )
         if orphans:
             notes.append(f"{LANDMARKS_NAME}: {len(orphans)} of {len(table)} rows name no picture here, first: {orphans[0]}")
+        if faceless:
+            what = "have no landmarks: empty cells, or all points in one place, such as zeros or -1"
+            notes.append(f"{LANDMARKS_NAME}: {faceless} of {len(table)} rows {what}")
         lacking = sum(source not in table for source in pictures)
         if lacking:
             first = min(source for source in pictures if source not in table)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from pydantic import Field, field_validator
 
 from bench.data.pictures import decode_picture, landmarks_touch, orient_landmarks
+from bench.data.plausibility import is_one_place
 from bench.data.splits import cut_val, hash_sources, mixed
 from bench.dataset import DATASETS, EXPRESSIONS, SPLITS, BadPictureError, Dataset, Face, Item, Rejected
 from bench.registry import did_you_mean
@@ -378,6 +379,8 @@ def _landmarks(note: Mapping[str, Any]) -> npt.NDArray[np.float64] | None:
         array = np.empty(0)
     if array.shape != (68, 2) or not np.isfinite(array).all():
         raise _UnusableError("its landmarks are neither null nor 68 pairs of finite numbers")
+    if is_one_place(array):  # zeros or -1 for "no face found"
+        return None
     if 0 < array.max() <= 1:
         raise _UnusableError("no coordinate of its landmarks exceeds 1; multiply them by the picture's width and height, pixels are needed")
     return array

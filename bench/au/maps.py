@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.au.codebook import EXPRESSION_UNITS, OFFICIAL, REFERENCE_FACE, REFERENCE_FRAME, SYMMETRIC, VARIANTS, Axis, Ellipse, Length
-from bench.dataset import EXPRESSIONS
+from bench.dataset import EXPRESSION_NAMES, EXPRESSIONS
 
 GRID = 28
 """Side of the grid on which the published code smooths the drawings: the resolution of every AU map."""
@@ -32,17 +32,6 @@ _LANDMARKS = 68
 
 _Lists = Literal["expressions", "all", "units"]
 """What an id stands for: the action units of an expression, all of them whatever the id, or the one of this id."""
-
-_SYNONYMS = {
-    "neutral": ("neutrality", "calm"),
-    "happiness": ("happy", "joy"),
-    "surprise": ("surprised",),
-    "fear": ("fearful", "afraid", "scared"),
-    "anger": ("angry",),
-    "disgust": ("disgusted",),
-    "sadness": ("sad",),
-}
-_IDS = {name: i for i, expression in enumerate(EXPRESSIONS) for name in (expression, *_SYNONYMS[expression])}
 
 
 def expression_ids(classes: Sequence[str]) -> Tensor:
@@ -55,7 +44,7 @@ def expression_ids(classes: Sequence[str]) -> Tensor:
     Returns:
         (len(classes),) int64.
     """
-    return torch.tensor([_IDS.get(name.strip().lower(), -1) for name in classes], dtype=torch.int64)
+    return torch.tensor([EXPRESSION_NAMES.get(name.strip().lower(), -1) for name in classes], dtype=torch.int64)
 
 
 class AUMaps(NamedTuple):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import math
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from bench.data.plausibility import is_one_place
 
 LANDMARKS_HEADER = ("path", *(f"{axis}{i}" for i in range(68) for axis in "xy"))
 
@@ -27,7 +30,8 @@ class LandmarkTable:
         data = path.read_bytes()
         self.sha256 = hashlib.sha256(data).hexdigest()
         try:
-            lines = data.decode("utf-8-sig").split("\n")
+            # A lone CR ends a line in the files of some spreadsheets.
+            lines = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 at byte {error.start}. Save the file as UTF-8") from error
         header = tuple(cell.strip() for cell in lines[0].split(","))
@@ -39,7 +43,7 @@ class LandmarkTable:
                 continue
             # Quotes are needed around names with commas only, and the csv module is slow on 137 columns.
             name = next(csv.reader([line]))[0] if line.startswith('"') else line.partition(",")[0]
-            source = name.strip().replace("\\", "/").removeprefix("./")
+            source = unicodedata.normalize("NFC", name.strip().replace("\\", "/").removeprefix("./"))
             if not source:
                 raise ValueError(f"{path}: line {number} has no path")
             if source in self._rows:
@@ -50,20 +54,21 @@ class LandmarkTable:
         return len(self._rows)
 
     def __contains__(self, source: object) -> bool:
-        return source in self._rows
+        return isinstance(source, str) and unicodedata.normalize("NFC", source) in self._rows
 
     def sources(self) -> Sequence[str]:
-        """The pictures that have a row, in the file's order."""
+        """The pictures that have a row, in Unicode normal form NFC, in the file's order."""
         return tuple(self._rows)
 
     def points(self, source: str) -> npt.NDArray[np.float64] | None:
         """Return the (68, 2) landmarks of a picture in pixels; None if it has no row, or one that says "not found" in every cell.
 
-        Not found: an empty cell or ``nan``.
+        Not found: an empty cell or ``nan``; or all 68 points in one place, such as zeros or -1.
 
         Raises:
             ValueError: the row has too few or too many cells, one that is no number, one that is infinite, or only some that are empty.
         """
+        source = unicodedata.normalize("NFC", source)
         if source not in self._rows:
             return None
         number, line = self._rows[source]
@@ -81,4 +86,5 @@ class LandmarkTable:
         if missing or not all(map(math.isfinite, values)):
             column = LANDMARKS_HEADER[1:][next(i for i, value in enumerate(values) if not math.isfinite(value))]
             raise ValueError(f"{where}: {column} is not a finite number. Leave all 136 cells empty where no face was found")
-        return np.array(values).reshape(68, 2)
+        points = np.array(values).reshape(68, 2)
+        return None if is_one_place(points) else points

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from difflib import get_close_matches
 from itertools import combinations
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,9 +43,10 @@ from bench import __version__
 from bench.data.atomic import PARTIAL_SUFFIX, atomic_file, fsync_folder, write_bytes_atomic, write_json_atomic
 from bench.data.index import INDEX_NAME, REPORT_NAME, BadPicture, Index, Member, Shard, Split, count_classes, hash_keys, load_index
 from bench.data.landmarks import Landmarker, describe_source, open_landmarker
+from bench.data.plausibility import check_plausible
 from bench.data.preparation import store_picture
 from bench.data.verify import verify
-from bench.dataset import DATASETS, SPLITS, BadPictureError, Dataset, Face, Item
+from bench.dataset import DATASETS, EXPRESSION_NAMES, EXPRESSIONS, SPLITS, BadPictureError, Dataset, Face, Item
 from bench.registry import check_options, load_plugin
 
 SHARD_ITEMS = 512
@@ -157,7 +159,8 @@ def prepare(
 
     Raises:
         ValueError: wrong options, layout or annotation; ``out`` holds something else; too little disk space; no usable picture in a
-            split; another number of pictures than published, without ``allow_partial``; landmarks that cannot be found here.
+            split; one class only, a class without a picture in train or test, or another number of pictures than published, without
+            ``allow_partial``; landmarks that cannot be found here, or that cannot be right in most of the pictures.
         BusyError: another process is preparing ``out``.
         FileNotFoundError: ``raw`` does not exist.
         RuntimeError: a worker died, or the dataset's code failed; finished shards are kept.
@@ -177,6 +180,7 @@ def prepare(
     _check_items(entry_name, splits, classes)
     listed = {split: Counter(classes[item.label] for item in items) for split, items in splits.items()}
     _check_counts(entry_name, "listed", listed, dataset.expected(), allow_partial=allow_partial)
+    _check_classes(entry_name, "listed", listed, classes, allow_partial=allow_partial)
     rejected = tuple(BadPicture(split=r.split, source=r.source, reason=r.reason) for r in dataset.rejected())
     provenance = {**dataset.provenance(), "landmark_source": landmarks}
     described = json.loads(_canonical(provenance))  # what the index will say, hence what two runs can compare
@@ -193,10 +197,16 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     with _sole_writer(out):
         if (out / INDEX_NAME).exists() and not overwrite:
-            index = _existing(out, plan)
+            index = _existing(out, plan, splits, raw)
             if on_progress:
                 on_progress(Progress(done=total, total=total, reused=total, bad=len(index.bad_pictures)))
             return index
+        if checked.landmarks == "shipped" and not entry.info.embedded:
+            odd = [note for split, items in splits.items() if split != "val" for note in check_plausible(dataset, split=split, items=items)]
+            described["notes"] = [*described.get("notes", []), *odd]
+        described["notes"] = [*described.get("notes", []), *_class_notes(classes)]
+        if len(classes) == 1:
+            described["notes"].append(f"{classes[0]!r} is the only class: accuracy is 100 % whatever a network does")
         made_with = _made_with()
         _open_journal(out, {**plan, "made_with": made_with}, overwrite=overwrite)
         jobs = [
@@ -211,9 +221,12 @@ def prepare(
             size=checked.size,
             report=on_progress,
         )
+        described["content_sha256"] = _hash_content(splits, raw)
         index = _index(plan, splits, records, rejected=rejected, provenance=described, made_with=made_with, license_note=entry.info.license)
         made = {split: Counter(group.class_counts) for split, group in index.splits.items()}
         partial = _check_counts(entry_name, "usable", made, dataset.expected(), allow_partial=allow_partial)
+        for split, empty in _check_classes(entry_name, "usable", made, classes, allow_partial=allow_partial).items():
+            partial[split] = {**empty, **partial.get(split, {})}
         if partial:
             index = index.model_copy(update={"provenance": index.provenance | {"partial": partial}})
         for job, record in zip(jobs, records, strict=True):
@@ -282,6 +295,60 @@ def _check_counts(
     return differing
 
 
+def _check_classes(
+    entry_name: str, what: str, found: Mapping[str, Mapping[str, int]], classes: Sequence[str], *, allow_partial: bool
+) -> dict[str, dict[str, list[int]]]:
+    """Two classes at least, each with a picture to train and one to test on.
+
+    Args:
+        entry_name: registered dataset, for the message.
+        what: ``listed`` or ``usable``, the pictures that are counted.
+        found: split -> class -> pictures.
+        classes: every class name.
+        allow_partial: go on without.
+
+    Returns:
+        split -> class -> [0, 1], of the classes that have none of the one picture needed.
+
+    Raises:
+        ValueError: a class has none, or there is one class, without ``allow_partial``.
+    """
+    empty = {split: {name: [0, 1] for name in classes if not found[split].get(name)} for split in ("train", "test") if split in found}
+    empty = {split: names for split, names in empty.items() if names}
+    ways = "Or go on with --allow-partial: the index records it"
+    if len(classes) < 2 and not allow_partial:
+        raise ValueError(
+            f"dataset {entry_name!r} has one class, {classes[0]!r}: there is nothing to tell apart. Pictures of an own folder lie in "
+            f"train/CLASS/ and test/CLASS/, one folder a class. {ways}"
+        )
+    if empty and not allow_partial:
+        words = "; ".join(f"{split}: {', '.join(map(repr, names))}" for split, names in empty.items())
+        raise ValueError(
+            f"dataset {entry_name!r}: classes without a single {what} picture: {words}. Add or repair their pictures, "
+            f"or remove the class from every split, such as a folder that is no class. {ways}"
+        )
+    return empty
+
+
+def _class_notes(classes: Sequence[str]) -> list[str]:
+    """A sentence about class names that are no expressions, with the nearest expression of each."""
+    known = [name for name in classes if name.strip().lower() in EXPRESSION_NAMES]
+    other = [name for name in classes if name not in known]
+    if not other:
+        return []
+    words = []
+    for name in other[:10]:
+        close = get_close_matches(
+            name.strip().lower(), [expression for expression in EXPRESSIONS if expression not in known], n=1, cutoff=0.5
+        )
+        words.append(f"{name!r}{f' (did you mean {close[0]!r}?)' if close else ''}")
+    more = f" and {len(other) - 10} more" if len(other) > 10 else ""
+    return [
+        f"class names that are expressions: {', '.join(known) or 'none'}; not recognised: {', '.join(words)}{more}. Guidance and CAM-COS "
+        f"need the names {', '.join(EXPRESSIONS)}: rename these classes in the raw data if they are expressions, and prepare again"
+    ]
+
+
 def _hash_input(splits: Mapping[str, Sequence[Item]], raw: Path | None, provenance: Mapping[str, Any]) -> str:
     """sha256 over what is listed (with file sizes, where sources are files) and what the dataset says about it."""
     digest = hashlib.sha256(_canonical(provenance))
@@ -291,6 +358,28 @@ def _hash_input(splits: Mapping[str, Sequence[Item]], raw: Path | None, provenan
             size = path.stat().st_size if path is not None and path.is_file() else None
             digest.update(_canonical([split, item.source, item.label, item.identity, size]) + b"\n")
     return digest.hexdigest()
+
+
+def _hash_content(splits: Mapping[str, Sequence[Item]], raw: Path | None) -> str | None:
+    """sha256 over the bytes of all listed files; None where sources are no files."""
+    if raw is None:
+        return None
+    digest = hashlib.sha256()
+    for split, items in splits.items():
+        for item in items:
+            path = raw / item.source
+            content = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if path.is_file() else None
+            digest.update(_canonical([split, item.source, content]) + b"\n")
+    return digest.hexdigest()
+
+
+def _touched(splits: Mapping[str, Sequence[Item]], raw: Path | None, *, since: Path) -> bool:
+    """Whether a listed file was written, moved or replaced after another file was: its inode tells, whatever the times of the file say."""
+    if raw is None:
+        return False
+    then = since.stat().st_mtime_ns
+    paths = (raw / item.source for items in splits.values() for item in items)
+    return any(path.stat().st_ctime_ns >= then for path in paths if path.is_file())
 
 
 @contextmanager
@@ -307,7 +396,7 @@ def _sole_writer(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _existing(out: Path, plan: Mapping[str, Any]) -> Index:
+def _existing(out: Path, plan: Mapping[str, Any], splits: Mapping[str, Sequence[Item]], raw: Path | None) -> Index:
     """The index that is there, if it is what was asked for and its files are whole."""
     ways = f"Choose another --out, or replace {out} with --overwrite"
     try:
@@ -323,6 +412,9 @@ def _existing(out: Path, plan: Mapping[str, Any]) -> Index:
         "input_sha256": index.provenance.get("input_sha256"),
     }
     differences = _differences(had, plan)
+    content = index.provenance.get("content_sha256")
+    if not differences and content is not None and _touched(splits, raw, since=out / INDEX_NAME) and content != _hash_content(splits, raw):
+        differences = ["pictures in the raw folder were exchanged for others of the same size: they have changed"]
     if differences:
         raise ValueError(f"{out} was prepared differently: {'; '.join(differences)}. {ways}")
     # A run that ended between writing the index and tidying up leaves these.
@@ -685,6 +777,14 @@ def _overlaps(splits: Mapping[str, Sequence[Item]], by_split: Mapping[str, Seque
         for split, group in by_split.items()
     }
     notes = []
+    for split, group in by_split.items():
+        shown: dict[str, list[tuple[int, str]]] = {}
+        for record in group:
+            for member, digest in zip(record.shard.members, record.pictures, strict=True):
+                shown.setdefault(digest, []).append((member.label, splits[split][position_of(member.key)].source))
+        torn = sorted(sorted(source for _, source in same) for same in shown.values() if len({label for label, _ in same}) > 1)
+        if torn:
+            notes.append(f"{len(torn)} pictures of {split} are there under several classes, first: {' = '.join(torn[0])}")
     for one, other in combinations(splits, 2):
         same = sorted(people[one] & people[other])
         if same:

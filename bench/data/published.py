@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from bench.data.plausibility import is_one_place
 from bench.data.splits import cut_val, mixed
 from bench.dataset import EXPRESSIONS, Dataset, Item, Rejected
 from bench.registry import did_you_mean
@@ -183,7 +184,8 @@ class LandmarkRows:
             return None
         if not np.isfinite(values).all():
             raise ValueError(f"{where}: only some coordinates are finite. 'inf' in all 136 cells means that no face was found")
-        return values.reshape(2, 68).T.copy()
+        points = values.reshape(2, 68).T.copy()
+        return None if is_one_place(points) else points
 
     def _cells(self, line: bytes, number: int) -> tuple[str, list[str]]:
         try:

@@ -132,19 +132,19 @@ def test_the_bytes_do_not_depend_on_where_the_raw_folder_is(raw, tmp_path):
 
 def test_bad_pictures_are_listed_with_their_reason_and_leave_a_gap(raw, tmp_path):
     (raw / "test/happiness/00.png").write_bytes(b"")
-    (raw / "test/happiness/notes.txt").write_text("not a picture")
+    (raw / "test/happiness/notes.png").write_text("not a picture")
     index = make(raw, tmp_path / "out")
     assert [(bad.split, bad.source) for bad in index.bad_pictures] == [
         ("test", "test/happiness/00.png"),
-        ("test", "test/happiness/notes.txt"),
+        ("test", "test/happiness/notes.png"),
     ]
     assert "empty" in index.bad_pictures[0].reason
     order = sorted(path.relative_to(raw).as_posix() for path in raw.glob("test/*/*"))
     order.sort(key=lambda source: hashlib.sha256(source.encode()).digest())
-    left = [i for i, source in enumerate(order) if source not in ("test/happiness/00.png", "test/happiness/notes.txt")]
+    left = [i for i, source in enumerate(order) if source not in ("test/happiness/00.png", "test/happiness/notes.png")]
     assert [pack.position_of(member.key) for member in index.splits["test"].members] == left
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [bad["source"] for bad in report["bad_pictures"]] == ["test/happiness/00.png", "test/happiness/notes.txt"]
+    assert [bad["source"] for bad in report["bad_pictures"]] == ["test/happiness/00.png", "test/happiness/notes.png"]
     assert verify(tmp_path / "out") == []
 
 
@@ -160,11 +160,40 @@ def test_a_shard_of_bad_pictures_only_is_left_out(raw, tmp_path):
     assert verify(tmp_path / "out") == []
 
 
-def test_a_class_whose_pictures_are_all_bad_is_noted(raw, tmp_path):
+def test_a_class_whose_pictures_are_all_bad_is_refused_or_recorded_as_partial(raw, tmp_path):
     for path in raw.glob("test/happiness/*"):
         path.write_bytes(b"broken")
-    index = make(raw, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"without a single usable picture: test: 'happiness'.*--allow-partial"):
+        make(raw, tmp_path / "out")
+    index = make(raw, tmp_path / "out", allow_partial=True)
     assert "every picture of class 'happiness' in test is bad" in index.provenance["notes"]
+    assert index.provenance["partial"] == {"test": {"happiness": [0, 1]}}
+
+
+def test_names_that_are_no_expressions_are_noted_with_the_nearest():
+    (note,) = pack._class_notes(("happiness", "suprise", "7"))
+    assert "not recognised: 'suprise' (did you mean 'surprise'?), '7'" in note
+    assert pack._class_notes(("happiness", "anger")) == []
+
+
+def test_one_class_is_refused():
+    with pytest.raises(ValueError, match="has one class, 'images'"):
+        pack._check_classes("folder", "listed", {"train": {"images": 3}}, ("images",), allow_partial=False)
+
+
+def test_a_picture_under_two_classes_of_a_split_is_noted(raw, tmp_path):
+    twin = raw / "test/anger/zz.png"
+    twin.write_bytes((raw / "test/happiness/00.png").read_bytes())
+    notes = make(raw, tmp_path / "out").provenance["notes"]
+    assert "1 pictures of test are there under several classes, first: test/anger/zz.png = test/happiness/00.png" in notes
+
+
+def test_a_picture_exchanged_for_one_of_the_same_size_in_bytes_is_noticed(raw, tmp_path):
+    make(raw, tmp_path / "out")
+    path = raw / "test/anger/00.png"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match="have changed"):
+        make(raw, tmp_path / "out")
 
 
 def test_a_split_of_bad_pictures_only_is_an_error(raw, tmp_path):
@@ -325,12 +354,13 @@ def deadly_read(self, item):
     return read(self, item)
 def deadly_progress(progress):
     import multiprocessing
+    if workers == 1:
+        Folder.read = deadly_read  # counts from the first shard on: landmarks are looked at before
     if workers > 1 and progress.done >= deadly:
         print(*[child.pid for child in multiprocessing.active_children()], flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
     pack.SHARD_ITEMS = 4
-    Folder.read = deadly_read if workers == 1 else read
     pack.prepare("folder", name="mine", options={"size": 32, "val_fraction": 0.25}, raw=raw, out=out, workers=workers,
                  on_progress=deadly_progress)
 """
@@ -390,7 +420,7 @@ class Broken(Dataset):
 def broken(tmp_path, name, splits):
     plugin = tmp_path / f"{name}.py"
     plugin.write_text(BROKEN_PLUGIN.format(name=name, splits=splits))
-    return prepare(name, name=name, options={}, raw=None, out=tmp_path / "out", workers=1, plugins=[str(plugin)])
+    return prepare(name, name=name, options={}, raw=None, out=tmp_path / "out", workers=1, plugins=[str(plugin)], allow_partial=True)
 
 
 def test_an_error_in_a_datasets_own_code_names_the_picture(tmp_path):
@@ -499,3 +529,20 @@ def test_a_dataset_whose_keys_are_bare_positions_verifies_and_is_read(raw, tmp_p
     assert verify(tmp_path / "out") == []
     (batch,) = open_reader(tmp_path / "out", "train").train_steps(seed=0, epoch=0, rank=0, world_size=1, batch_size=8)
     assert sorted(batch.positions.tolist()) == list(range(8))
+
+
+def test_a_picture_exchanged_for_one_of_the_same_size_is_noticed(raw, tmp_path):
+    file, other = raw / "test/happiness/00.bmp", raw / "test/anger/00.bmp"
+    for path, shade in ((file, 30), (other, 200)):
+        Image.new("RGB", (16, 16), (shade,) * 3).save(path)
+    index = make(raw, tmp_path / "out")
+    assert make(raw, tmp_path / "out") == index
+    file.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match="were exchanged for others of the same size"):
+        make(raw, tmp_path / "out")
+
+
+def test_pictures_that_were_moved_and_are_the_same_are_prepared_already(raw, tmp_path):
+    index = make(raw, tmp_path / "out")
+    raw.rename(tmp_path / "moved")
+    assert make(tmp_path / "moved", tmp_path / "out") == index

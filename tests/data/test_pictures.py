@@ -169,3 +169,15 @@ def test_jpeg_is_the_same_every_time_and_not_subsampled():
     assert data == encode_jpeg(image, quality=95)
     back = decode_picture(data).image.astype(int)
     assert abs(back[:, 7, 0]).max() < 30  # with 4:2:0 red would bleed over the edge
+
+
+def test_data_of_12_bits_in_16_is_refused_and_not_blackened():
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 3000, np.uint16)).save(buffer, "PNG")
+    with pytest.raises(BadPictureError, match="values up to 3000 only, as data of 12 bits or fewer have: it would be almost black"):
+        decode_picture(buffer.getvalue())
+
+
+def test_a_heic_picture_is_told_as_such():
+    with pytest.raises(BadPictureError, match=r"a HEIC picture.*convert it to JPEG or PNG"):
+        decode_picture(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")

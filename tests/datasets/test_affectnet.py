@@ -362,7 +362,7 @@ def test_zero_and_infinite_landmarks_mean_that_there_are_none(npy, values):
     [
         (np.zeros(134), "134 numbers, 136 are needed"),
         (np.array(["a"] * 136), "could not convert string to float"),
-        (np.full(136, 9999.0), "all landmarks lie outside of the 64 x 64 face"),
+        (9999.0 + np.arange(136) % 9, "all landmarks lie outside of the 64 x 64 face"),
     ],
 )
 def test_landmarks_that_cannot_be_make_a_bad_picture(npy, values, reason):
@@ -699,7 +699,7 @@ def test_a_face_box_is_clipped_to_the_picture(csv_root, pristine):
     [
         ({"facial_landmarks": "1;2"}, "training.csv: line 2: facial_landmarks: 2 numbers, 136 are needed"),
         ({"facial_landmarks": ";".join(["a"] * 136)}, "facial_landmarks: could not convert string to float: 'a'"),
-        ({"facial_landmarks": ";".join(["4000"] * 136)}, "all landmarks lie outside of the 64 x 64 face"),
+        ({"facial_landmarks": ";".join(str(4000 + i % 9) for i in range(136))}, "all landmarks lie outside of the 64 x 64 face"),
         ({"valence": "much"}, "training.csv: line 2: valence 'much' is not a number"),
     ],
 )
@@ -938,6 +938,7 @@ def test_listing_keeps_little_of_a_picture_beside_its_name(tmp_path, release):
     # A row of the CSV files has 1200 bytes, the four annotations of a picture have more: neither may be kept.
     layout = "npy" if release is NpyRelease else "csv"
     make_affectnet(tmp_path, layout, {"train": {1: 1500}, "test": {1: 1}}, size=16, pool=1)
+    list(release(tmp_path).pictures("test", keep=(1,), reject=pytest.fail, notes=[]))  # what is imported at first is not counted
     tracemalloc.start()
     try:
         count = sum(1 for _ in release(tmp_path).pictures("train", keep=(1,), reject=pytest.fail, notes=[]))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -121,12 +122,28 @@ def test_hidden_files_are_no_pictures(root):
     assert len(folder(root).splits()["train"]) + 3 == 30
 
 
-def test_every_other_file_counts_so_that_it_gets_reported(root):
+def test_a_file_that_is_no_picture_is_reported_and_takes_no_pictures_place(root):
     (root / "test/sadness/Thumbs.db").write_bytes(b"x")
+    (root / "test/sadness/IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     dataset = folder(root)
-    assert "test/sadness/Thumbs.db" in {item.source for item in dataset.splits()["test"]}
-    with pytest.raises(BadPictureError, match="not a picture"):
-        dataset.read(Item(source="test/sadness/Thumbs.db", label=1))
+    assert not [item for item in dataset.splits()["test"] if "P" not in item.source]
+    assert {(r.source, r.reason.partition(",")[0]) for r in dataset.rejected()} == {
+        ("test/sadness/Thumbs.db", "not a picture in any format Pillow knows"),
+        ("test/sadness/IMG_1.HEIC", "a HEIC picture"),
+    }
+
+
+def test_a_picture_with_the_ending_of_none_is_one(root):
+    (root / "test/sadness/P0_0.png").rename(root / "test/sadness/P0_0.photo")
+    dataset = folder(root)
+    assert "test/sadness/P0_0.photo" in {item.source for item in dataset.splits()["test"]}
+    assert dataset.rejected() == ()
+
+
+def test_a_link_that_repeats_a_class_is_refused(root):
+    (root / "train/joy").symlink_to("happiness")
+    with pytest.raises(ValueError, match=r"joy and .*happiness are one folder, by a link"):
+        folder(root).splits()
 
 
 def test_a_folder_that_is_no_split_is_noted(root):
@@ -199,7 +216,7 @@ def test_landmarks_turn_with_the_exif_orientation_unless_told_otherwise(root):
 
 
 def test_landmarks_beside_the_picture_make_it_a_bad_one(root):
-    write_csv(root, [row("test/sadness/P0_0.png", [500] * 136)])
+    write_csv(root, [row("test/sadness/P0_0.png", [500 + i % 9 for i in range(136)])])
     with pytest.raises(BadPictureError, match="all landmarks lie outside the 20 x 16 picture"):
         folder(root).read(Item(source="test/sadness/P0_0.png", label=0))
 
@@ -258,7 +275,7 @@ def test_the_number_of_malformed_rows_is_told(root):
 
 
 def test_fractions_instead_of_pixels_are_refused(root):
-    write_csv(root, [row(source, [0.5] * 136) for source in sources(root)])
+    write_csv(root, [row(source, [0.5 + i % 9 / 50 for i in range(136)]) for source in sources(root)])
     refused(root, "no coordinate exceeds 1")
 
 
@@ -286,3 +303,30 @@ def test_tables_from_a_spreadsheet_on_windows_are_read(tmp_path):
 def test_bytes_that_are_no_utf8_are_refused(root):
     (root / "landmarks.csv").write_bytes(HEADER.encode() + b"\ntrain/\xff.png")
     refused(root, "not UTF-8 at byte")
+
+
+@pytest.mark.parametrize("value", [0, -1, 7])
+def test_a_row_with_all_points_in_one_place_means_no_landmarks_and_is_counted(root, value):
+    names = sources(root)
+    write_csv(root, [row(names[0], [value] * 136), *map(row, names[1:])])
+    dataset = folder(root)
+    dataset.splits()
+    assert dataset.read(Item(source=names[0], label=0)).landmarks is None
+    assert any(note.startswith("landmarks.csv: 1 of 36 rows have no landmarks") for note in dataset.provenance()["notes"])
+
+
+def test_a_csv_with_lone_carriage_returns_is_read(root):
+    path = root / "landmarks.csv"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r"))
+    assert len(LandmarkTable(path)) == 36
+
+
+def test_a_decomposed_file_name_finds_its_composed_row(root):
+    composed, decomposed = (unicodedata.normalize(form, "test/sadness/Zo\u00eb.png") for form in ("NFC", "NFD"))
+    before = sources(root)
+    picture(root / decomposed)
+    write_csv(root, [row(composed), *map(row, before)])
+    dataset = folder(root)
+    dataset.splits()
+    assert dataset.read(Item(source=decomposed, label=0)).landmarks is not None
+    assert not any("rows name no picture" in note for note in dataset.provenance()["notes"])

@@ -188,7 +188,8 @@ def test_the_full_list_is_accepted_without_opening_a_picture(tmp_path, monkeypat
     [
         ("train_00001.jpg", "EmoLabel/list_patition_label.txt: line 22", "is not NAME LABEL"),
         ("train_00001.jpg five", "EmoLabel/list_patition_label.txt: line 22", "is not NAME LABEL"),
-        ("train_00001.jpg 5.0", "EmoLabel/list_patition_label.txt: line 22", "is not NAME LABEL"),
+        ("train_00001.jpg 5.5", "EmoLabel/list_patition_label.txt: line 22", "is not NAME LABEL"),
+        ("train_00001.jpg 5 0", "EmoLabel/list_patition_label.txt: line 22", "has more than two columns"),
         ("train_00001.jpg -1", "EmoLabel/list_patition_label.txt: line 22", "is not NAME LABEL"),
         ("5", "EmoLabel/list_patition_label.txt: line 22", "is not NAME LABEL"),
         (b"train_\xff.jpg 5\n", "EmoLabel/list_patition_label.txt: line 22", "not UTF-8"),
@@ -679,7 +680,10 @@ def edit_row(folds, name, change):
     [
         (lambda line: line.rpartition(",")[0], "has 135 coordinates"),
         (lambda line: line.rpartition(",")[0] + ",inf", "only some coordinates are finite"),
-        (lambda line: ",".join([line.partition(",")[0], *["900.0"] * 136]), "all landmarks of the folds lie outside of the 224 x 224"),
+        (
+            lambda line: ",".join([line.partition(",")[0], *(f"{900 + i % 9}.0" for i in range(136))]),
+            "all landmarks of the folds lie outside of the 224 x 224",
+        ),
     ],
 )
 def test_a_bad_row_of_landmarks_makes_a_bad_picture(shared, tmp_path, change, words):
@@ -805,3 +809,27 @@ def test_the_generated_tree_is_the_same_every_time(tmp_path, number):
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
     assert len(files) == 1 + 7 * 5
     assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.replace(b" ", b","),
+        lambda data: data.replace(b" ", b"; "),
+        lambda data: data.replace(b" ", b"\t"),
+        lambda data: data.replace(b"\r\n", b"\n").replace(b"\n", b"\r"),
+        lambda data: data.decode().encode("utf-16"),
+        lambda data: data.replace(b"\n", b".0\n") if b"\r" not in data else data.replace(b"\r\n", b".0\r\n"),
+    ],
+    ids=["commas", "semicolons", "tabs", "CR", "UTF-16", "5.0"],
+)
+def test_a_list_as_a_spreadsheet_saves_it_is_the_same_list(raw, change):
+    expected = rafdb(raw).splits()
+    (raw / LIST).write_bytes(change((raw / LIST).read_bytes()))
+    assert rafdb(raw).splits() == expected
+
+
+def test_a_list_of_which_no_line_can_be_used_says_why(raw):
+    (raw / LIST).write_bytes((raw / LIST).read_bytes().replace(b" ", b"_"))
+    with pytest.raises(ValueError, match=r"no picture of split 'train' can be used.*line 1: is not NAME LABEL"):
+        rafdb(raw).splits()

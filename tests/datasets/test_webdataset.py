@@ -274,7 +274,10 @@ def test_a_guided_training_runs_on_them(go, project):
         ({"jpg": b"x", "cls": b"3"}, "there is no class '3'. Numbers are 0 to 2"),
         ({"jpg": b"x", "cls": b"-1"}, "there is no class '-1'. Numbers are 0 to 2"),
         ({"jpg": b"x", "json": b'{"label": "awe", "landmarks": [[1, 2]]}'}, "neither null nor 68 pairs"),
-        ({"jpg": b"x", "json": json.dumps({"label": "awe", "landmarks": [[0.5, 0.25]] * 68}).encode()}, "pixels are needed"),
+        (
+            {"jpg": b"x", "json": json.dumps({"label": "awe", "landmarks": [[0.5, i / 99] for i in range(68)]}).encode()},
+            "pixels are needed",
+        ),
         ({"jpg": b"x", "json": b'{"label": "awe", "identity": [1]}'}, r"identity \[1\] is neither"),
     ],
 )
