@@ -7,6 +7,8 @@ token are read like DeiT. Others, whose maps are all of one size, are refused.
 from __future__ import annotations
 
 import difflib
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import timm
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from bench.backbone import BACKBONES, Backbone, BackboneOptions, Features
 from bench.backbones.deit import TimmViT
+from bench.config import join_key
 from bench.registry import Member, UnknownEntryError
 from bench.weights import State, load_weights
 
@@ -126,8 +129,9 @@ class TimmFeatures(Backbone):
             net,
             options.weights,
             timm_name=cls.published,
-            rename=lambda state: _renamed(state, net=net, architecture=architecture, arguments=arguments),
+            rename=_renaming(net, architecture=architecture, arguments=arguments),
             timm_options={key: value for key, value in arguments.items() if key == "img_size"},
+            key=_key(cls.timm_name),
         )
         backbone = cls(net, channels=channels, channels_last=channels_last)
         backbone.mean, backbone.std = _normalization(cls.timm_name)
@@ -165,7 +169,7 @@ class TimmPlainViT(TimmViT):
         if image_size % side:
             nearest = max(side, round(image_size / side) * side)
             raise ValueError(f"images.size = {image_size} is not a multiple of the patch side {side}; --set images.size={nearest}")
-        load_weights(net, options.weights, timm_name=cls.published, timm_options={"img_size": image_size})
+        load_weights(net, options.weights, timm_name=cls.published, timm_options={"img_size": image_size}, key=_key(cls.timm_name))
         backbone = cls(net, pretrained=options.weights != "random")
         backbone.mean, backbone.std = _normalization(cls.timm_name)
         return backbone
@@ -212,13 +216,27 @@ def _arguments(name: str, options: TimmOptions, *, image_size: int) -> dict[str,
     return arguments
 
 
-def _renamed(state: State, *, net: nn.Module, architecture: str, arguments: dict[str, Any]) -> State:
-    """State dict of a whole timm network -> that of its feature network, which renames (``stages.0`` -> ``stages_0``) and prunes."""
-    with torch.device("meta"):
-        whole = timm.create_model(architecture, num_classes=0, **arguments).state_dict().keys()
+def _key(name: str) -> str:
+    return join_key("backbones", f"timm:{name}", "weights")
+
+
+def _renaming(net: nn.Module, *, architecture: str, arguments: dict[str, Any]) -> Callable[[State], State]:
+    """From names of a whole timm network to those of its feature network, which renames (``stages.0`` -> ``stages_0``) and prunes.
+
+    What the whole network has and the feature network lacks is dropped: its classifier, whatever timm calls it, and pruned stages.
+    """
+
+    @functools.cache
+    def pruned() -> frozenset[str]:
+        with torch.device("meta"):
+            whole = timm.create_model(architecture, num_classes=2, **arguments).state_dict().keys()
+        return frozenset(name for name in whole if _flat(name) not in ours)
+
+    def renamed(state: State) -> State:
+        return {ours.get(_flat(name), name): tensor for name, tensor in state.items() if name not in pruned()}
+
     ours = {_flat(name): name for name in net.state_dict()}
-    pruned = {name for name in whole if _flat(name) not in ours}
-    return {ours.get(_flat(name), name): tensor for name, tensor in state.items() if name not in pruned}
+    return renamed
 
 
 def _flat(name: str) -> str:

@@ -9,7 +9,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from bench import weights
 from bench.backbone import BACKBONES, Backbone
+from bench.backbones import timm_any
+from bench.backbones.timm_any import TimmPlainViT
 from bench.config import ConfigError, join_key, load_settings, split_key
 from bench.method import METHODS
 from bench.registry import EntryInfo, EntryOptions, Member, Registry, UnknownEntryError
@@ -183,6 +186,53 @@ def test_a_file_of_another_network_is_refused_by_name(tmp_path):
     save_file({"stem_0.weight": torch.ones(1), "nonsense": torch.ones(2)}, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"do not fit the network: missing bn1\.bias; .* and \d+ more"):
         build("timm:test_resnet", weights=str(tmp_path / "w.safetensors"))
+
+
+def test_a_refusal_names_the_setting_to_change(tmp_path):
+    save_file({"nonsense": torch.ones(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"--set 'backbones\.timm:test_resnet\.weights=random'"):
+        build("timm:test_resnet", weights=str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("architecture", ["lcnet_050", "mnasnet_small", "mobilenetv3_small_050", "resnet10t"])
+def test_a_fine_tuned_network_computes_the_same_whatever_its_classifier_is_called(tmp_path, architecture):
+    donor = timm.create_model(architecture, num_classes=8).eval()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in donor.state_dict().items()}, "epoch": 3}, tmp_path / "w.pth.tar")
+    backbone = build(f"timm:{architecture}", weights=str(tmp_path / "w.pth.tar")).eval()
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = donor.forward_intermediates(images, intermediates_only=True)
+        torch.testing.assert_close(backbone(images).layers[backbone.last], wanted[-1], rtol=0, atol=0)
+
+
+def misfits(architecture: str, *, num_classes: int) -> list[str]:
+    """What of timm's own state dict does not fit our network of the same name; on the meta device."""
+    try:
+        target = BACKBONES.get(f"timm:{architecture}").target
+    except ValueError:
+        return []  # refused when planning
+    with torch.device("meta"):
+        whole = timm.create_model(architecture, num_classes=num_classes)
+        if issubclass(target, TimmPlainViT):
+            net, rename = timm.create_model(architecture, num_classes=0), None
+        else:
+            net = timm.create_model(architecture, features_only=True)
+            rename = timm_any._renaming(net, architecture=architecture, arguments={})
+    ignored = weights.ignored_heads(net, timm_name=target.published)
+    state = {name: tensor for name, tensor in whole.state_dict().items() if not name.startswith(ignored)}
+    return weights._problems(net.state_dict(), rename(state) if rename else state, fresh=())
+
+
+@pytest.mark.parametrize("num_classes", [0, 8])
+@pytest.mark.parametrize("architecture", ["efficientnet_b6", "inception_v4", "vit_tiny_patch16_224", "mobilenetv4_conv_small", "dpn48b"])
+def test_timms_own_state_dict_fits_our_network(architecture, num_classes):
+    assert misfits(architecture, num_classes=num_classes) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_the_state_dict_of_every_timm_network_fits_ours():
+    assert {name: found for name in timm.list_models() if (found := misfits(name, num_classes=8))} == {}
 
 
 # Settings
