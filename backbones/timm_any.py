@@ -1,7 +1,7 @@
 """Any network of timm by its name: ``timm:convnext_tiny``, ``timm:resnet50.a1_in1k``, ``timm:vit_tiny_patch16_224``.
 
 Networks of several stages give one layer per stage through timm's feature interface. Plain vision transformers with a class
-token are read like DeiT. Others, whose maps are all of one size, are refused.
+token, and perhaps registers or a distillation token, are read like DeiT. Others, whose maps are all of one size, are refused.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import timm
 import torch
 from pydantic import Field
 from timm.layers.format import Format
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -74,14 +75,16 @@ class TimmFeatures(Backbone):
         fields = {"timm_name": name, "published": f"{architecture}.{own}" if own in tags else None}
         title = f"{name} (timm)"
         with torch.device("meta"):
-            if _is_plain_vit(timm.create_model(architecture, num_classes=0)):
+            unlike = _unlike_plain_vit(timm.create_model(architecture, num_classes=0))
+            if unlike is None:
                 info = {"title": title, "kind": "vit", "guided_layers": (1,)}
                 return Member(target=type("TimmPlainViT", (TimmPlainViT,), fields), info=info)
             reductions = _reductions(architecture)
         if len(set(reductions)) < 2:
             raise ValueError(
-                f"timm network {name!r} has no maps of several sizes for methods to read; take a convolutional network or a transformer "
-                f"with stages (timm:convnext_tiny, timm:swin_tiny_patch4_window7_224), or as a vision transformer deit-tiny, deit-small, "
+                f"timm network {name!r} has no maps of several sizes for methods to read, and cannot be read as a plain vision "
+                f"transformer: {unlike}; take a convolutional network or a transformer with stages ("
+                f"timm:convnext_tiny, timm:swin_tiny_patch4_window7_224), or as a vision transformer deit-tiny, deit-small, "
                 f"deit-base"
             )
         return Member(target=type("TimmFeatures", (cls,), fields), info={"title": title, "guided_layers": (len(reductions),)})
@@ -181,12 +184,21 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"{hint} It has {len(known)}; python -c \"import timm; print(timm.list_models('*resnet*'))\" lists those with resnet in the name"
 
 
-def _is_plain_vit(net: nn.Module) -> bool:
-    """Whether `TimmViT` computes what the network does: one class token, ordinary attention, a final norm."""
-    if type(net) is not VisionTransformer or net.num_prefix_tokens != 1 or net.cls_token is None or isinstance(net.norm, nn.Identity):
-        return False
-    ordinary = ("q_norm", "k_norm", "norm")
-    return all(type(b) is Block and all(isinstance(getattr(b.attn, n, nn.Identity()), nn.Identity) for n in ordinary) for b in net.blocks)
+def _unlike_plain_vit(net: nn.Module) -> str | None:
+    """Why `TimmViT` does not compute what the network does, None if it does."""
+    if type(net) not in (VisionTransformer, VisionTransformerDistilled):
+        return f"it is a {type(net).__name__}, with a forward pass of its own"
+    assert isinstance(net, VisionTransformer)
+    if net.cls_token is None:
+        return "it has no class token, whose attention methods read"
+    if isinstance(net.norm, nn.Identity):
+        return "it has no norm after its last block"
+    kinds = {type(block).__name__ for block in net.blocks if type(block) is not Block}
+    if kinds:
+        return f"its blocks are of another kind ({', '.join(sorted(kinds))})"
+    parts = ("q_norm", "k_norm", "norm")
+    norms = [n for n in parts if any(not isinstance(getattr(block.attn, n, nn.Identity()), nn.Identity) for block in net.blocks)]
+    return f"its attention has norms of its own ({', '.join(norms)})" if norms else None
 
 
 def _reductions(architecture: str) -> list[int]:

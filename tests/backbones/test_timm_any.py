@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -105,7 +106,7 @@ def test_what_a_network_cannot_do_is_an_error_when_planning(name, options, messa
         build(name, **options)
 
 
-@pytest.mark.parametrize("name", ["mixer_s16_224", "xcit_nano_12_p16_224", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("name", ["mixer_s16_224", "xcit_nano_12_p16_224"])
 def test_a_network_with_maps_of_one_size_is_refused_and_others_are_named(name):
     with pytest.raises(ValueError, match=rf"{name}.* has no maps of several sizes .*deit-small"):
         BACKBONES.get(f"timm:{name}")
@@ -121,6 +122,41 @@ def test_a_plain_vision_transformer_is_read_like_deit():
         layers = backbone(images).layers
     torch.testing.assert_close(layers[1], tokens[:, 1:].transpose(1, 2).unflatten(-1, (4, 4)), rtol=1e-4, atol=1e-5)
     assert layers[2].shape == (2, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("vit_base_patch16_siglip_224", "it has no class token"),
+        ("vit_base_patch16_xp_224", r"its blocks are of another kind \(ParallelScalingBlock\)"),
+        ("mixer_s16_224", "it is a MlpMixer"),
+    ],
+)
+def test_a_refused_transformer_is_told_the_reason(name, reason):
+    with pytest.raises(ValueError, match=reason):
+        BACKBONES.get(f"timm:{name}")
+
+
+@pytest.mark.parametrize(("name", "size"), [("deit_tiny_distilled_patch16_224", 64), ("vit_small_patch14_reg4_dinov2", 56)])
+def test_registers_and_a_distillation_token_are_no_patches(name, size):
+    backbone = build(f"timm:{name}", image_size=size).eval()
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens = backbone.net.forward_features(images)
+        layers = backbone(images).layers
+    assert backbone.prefix == backbone.net.num_prefix_tokens > 1
+    torch.testing.assert_close(layers[1], tokens[:, backbone.prefix :].transpose(1, 2).unflatten(-1, (4, 4)), rtol=1e-4, atol=1e-5)
+    assert layers[2].shape == (2, 1, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["tscam", "rollout", "legrad"])
+def test_maps_of_a_transformer_with_a_distillation_token_are_on_the_grid_of_patches(name):
+    target = METHODS.get(name).target
+    method = target(target.Options(), variant="paper")
+    classifier = method.classifier(build("timm:deit_tiny_distilled_patch16_224"), num_classes=7).eval()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    output = dataclasses.replace(classifier(images), images=images)
+    assert method.maps(classifier, output, torch.tensor([0, 1])).shape == (2, 4, 4)
 
 
 def test_a_size_that_patches_do_not_tile_is_an_error():
