@@ -15,6 +15,7 @@ import timm
 import torch
 from pydantic import Field
 from timm.layers.format import Format
+from timm.models._features import FeatureGetterNet, FeatureHookNet
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -247,9 +248,11 @@ def _renaming(net: nn.Module, *, architecture: str, arguments: dict[str, Any]) -
     def renamed(state: State) -> State:
         return {ours.get(_flat(name), name): tensor for name, tensor in state.items() if name not in pruned()}
 
-    ours = {_flat(name): name for name in net.state_dict()}
+    # Networks without stages as modules are wrapped whole, and keep all names below that of the wrapper's part.
+    wrapped = {FeatureHookNet: "body.", FeatureGetterNet: "model."}.get(type(net), "")
+    ours = {_flat(name.removeprefix(wrapped)): name for name in net.state_dict()}
     return renamed
 
 
 def _flat(name: str) -> str:
-    return name.removeprefix("model.").replace(".", "_")
+    return name.replace(".", "_")

@@ -119,10 +119,10 @@ def load_weights(
 def ignored_heads(net: nn.Module, *, timm_name: str | None) -> tuple[str, ...]:
     """Prefixes of classifier tensors in a file: timm's, and those of `HEADS` that no part of ``net`` is called.
 
-    timm's feature networks write ``head_norm`` for ``head.norm``.
+    timm's feature networks write ``head_norm`` for ``head.norm``, or have all their names below ``model`` or ``body``.
     """
     published = timm.models.get_pretrained_cfg_value(timm_name, "classifier") if timm_name else None
-    names = [name.removeprefix("model.").replace(".", "_") for name in net.state_dict()]
+    names = [name.removeprefix("model.").removeprefix("body.").replace(".", "_") for name in net.state_dict()]
     foreign = [head for head in HEADS if not any(name.startswith(f"{head}_") for name in names)]
     return tuple(f"{name}." for name in (*([published] if isinstance(published, str) else published or ()), *foreign))
 

@@ -260,7 +260,9 @@ def misfits(architecture: str, *, num_classes: int) -> list[str]:
 
 
 @pytest.mark.parametrize("num_classes", [0, 8])
-@pytest.mark.parametrize("architecture", ["efficientnet_b6", "inception_v4", "vit_tiny_patch16_224", "mobilenetv4_conv_small", "dpn48b"])
+@pytest.mark.parametrize(
+    "architecture", ["efficientnet_b6", "inception_v4", "vit_tiny_patch16_224", "mobilenetv4_conv_small", "pit_ti_224"]
+)
 def test_timms_own_state_dict_fits_our_network(architecture, num_classes):
     assert misfits(architecture, num_classes=num_classes) == []
 
