@@ -57,7 +57,7 @@ def merge(attention: nn.Module, mixed: Tensor) -> Tensor:
 
 
 class TimmViT(Backbone):
-    """A plain timm vision transformer with one class token.
+    """A plain timm vision transformer whose first token is a class token. Registers or a distillation token may follow it.
 
     Layer 1 = patch tokens after the final norm (B, D, g, g). Layer 2 = class-agnostic attention (B, 1, g, g): the softmax row
     of the class token, averaged over heads, summed over blocks (Gao et al., ICCV 2021, average over blocks, which only
@@ -66,8 +66,10 @@ class TimmViT(Backbone):
 
     def __init__(self, net: VisionTransformer, *, pretrained: bool) -> None:
         super().__init__()
-        assert net.num_prefix_tokens == 1
+        assert net.cls_token is not None
         self.net = net
+        self.prefix: int = net.num_prefix_tokens
+        """Tokens before the patches: the class token, and registers or a distillation token."""
         self.pretrained = pretrained
         self.grid: tuple[int, int] = net.patch_embed.grid_size
         self.channels = {1: net.embed_dim, 2: 1}
@@ -83,7 +85,7 @@ class TimmViT(Backbone):
         return 1
 
     def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) images -> (B, 1 + g*g, D) tokens before the first block, class token first."""
+        """(B, 3, S, S) images -> (B, prefix + g*g, D) tokens before the first block, class token first."""
         net: Any = self.net
         tokens: Tensor = net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(images))))  # noqa: SLF001 - timm has no other name
         return tokens
@@ -96,9 +98,9 @@ class TimmViT(Backbone):
         return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), weights
 
     def patches(self, tokens: Tensor) -> Tensor:
-        """Normed patch tokens on their grid: (B, 1 + g*g, D) -> (B, D, g, g)."""
+        """Normed patch tokens on their grid: (B, prefix + g*g, D) -> (B, D, g, g)."""
         normed: Tensor = self.net.norm(tokens)
-        return self.on_grid(normed[:, 1:].transpose(1, 2))
+        return self.on_grid(normed[:, self.prefix :].transpose(1, 2))
 
     def on_grid(self, values: Tensor) -> Tensor:
         """(..., g*g) -> (..., g, g)."""
@@ -115,7 +117,7 @@ class TimmViT(Backbone):
         rows = []
         for number in range(self.depth):
             tokens, weights = self.block(number, tokens, whole=False)
-            rows.append(weights[:, :, 0, 1:].mean(dim=1))
+            rows.append(weights[:, :, 0, self.prefix :].mean(dim=1))
         attention = torch.stack(rows).sum(dim=0)
         return Features(layers={1: self.patches(tokens), 2: self.on_grid(attention)[:, None]})
 

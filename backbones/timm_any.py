@@ -1,23 +1,28 @@
 """Any network of timm by its name: ``timm:convnext_tiny``, ``timm:resnet50.a1_in1k``, ``timm:vit_tiny_patch16_224``.
 
 Networks of several stages give one layer per stage through timm's feature interface. Plain vision transformers with a class
-token are read like DeiT. Others, whose maps are all of one size, are refused.
+token, and perhaps registers or a distillation token, are read like DeiT. Others, whose maps are all of one size, are refused.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import timm
 import torch
 from pydantic import Field
 from timm.layers.format import Format
+from timm.models._features import FeatureGetterNet, FeatureHookNet
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from bench.backbone import BACKBONES, Backbone, BackboneOptions, Features, traced
 from bench.backbones.deit import TimmViT
+from bench.config import join_key
 from bench.registry import Member, UnknownEntryError
 from bench.weights import State, load_weights
 
@@ -71,14 +76,16 @@ class TimmFeatures(Backbone):
         fields = {"timm_name": name, "published": f"{architecture}.{own}" if own in tags else None}
         title = f"{name} (timm)"
         with torch.device("meta"):
-            if _is_plain_vit(timm.create_model(architecture, num_classes=0)):
+            unlike = _unlike_plain_vit(timm.create_model(architecture, num_classes=0))
+            if unlike is None:
                 info = {"title": title, "kind": "vit", "guided_layers": (1,)}
                 return Member(target=type("TimmPlainViT", (TimmPlainViT,), fields), info=info)
             reductions = _reductions(architecture)
         if len(set(reductions)) < 2:
             raise ValueError(
-                f"timm network {name!r} has no maps of several sizes for methods to read; take a convolutional network or a transformer "
-                f"with stages (timm:convnext_tiny, timm:swin_tiny_patch4_window7_224), or as a vision transformer deit-tiny, deit-small, "
+                f"timm network {name!r} has no maps of several sizes for methods to read, and cannot be read as a plain vision "
+                f"transformer: {unlike}; take a convolutional network or a transformer with stages ("
+                f"timm:convnext_tiny, timm:swin_tiny_patch4_window7_224), or as a vision transformer deit-tiny, deit-small, "
                 f"deit-base"
             )
         return Member(target=type("TimmFeatures", (cls,), fields), info={"title": title, "guided_layers": (len(reductions),)})
@@ -126,8 +133,9 @@ class TimmFeatures(Backbone):
             net,
             options.weights,
             timm_name=cls.published,
-            rename=lambda state: _renamed(state, net=net, architecture=architecture, arguments=arguments),
+            rename=_renaming(net, architecture=architecture, arguments=arguments),
             timm_options={key: value for key, value in arguments.items() if key == "img_size"},
+            key=_key(cls.timm_name),
         )
         backbone = cls(net, channels=channels, channels_last=channels_last)
         backbone.mean, backbone.std = _normalization(cls.timm_name)
@@ -166,7 +174,7 @@ class TimmPlainViT(TimmViT):
         if image_size % side:
             nearest = max(side, round(image_size / side) * side)
             raise ValueError(f"images.size = {image_size} is not a multiple of the patch side {side}; --set images.size={nearest}")
-        load_weights(net, options.weights, timm_name=cls.published, timm_options={"img_size": image_size})
+        load_weights(net, options.weights, timm_name=cls.published, timm_options={"img_size": image_size}, key=_key(cls.timm_name))
         backbone = cls(net, pretrained=options.weights != "random")
         backbone.mean, backbone.std = _normalization(cls.timm_name)
         return backbone
@@ -178,12 +186,21 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"{hint} It has {len(known)}; python -c \"import timm; print(timm.list_models('*resnet*'))\" lists those with resnet in the name"
 
 
-def _is_plain_vit(net: nn.Module) -> bool:
-    """Whether `TimmViT` computes what the network does: one class token, ordinary attention, a final norm."""
-    if type(net) is not VisionTransformer or net.num_prefix_tokens != 1 or net.cls_token is None or isinstance(net.norm, nn.Identity):
-        return False
-    ordinary = ("q_norm", "k_norm", "norm")
-    return all(type(b) is Block and all(isinstance(getattr(b.attn, n, nn.Identity()), nn.Identity) for n in ordinary) for b in net.blocks)
+def _unlike_plain_vit(net: nn.Module) -> str | None:
+    """Why `TimmViT` does not compute what the network does, None if it does."""
+    if type(net) not in (VisionTransformer, VisionTransformerDistilled):
+        return f"it is a {type(net).__name__}, with a forward pass of its own"
+    assert isinstance(net, VisionTransformer)
+    if net.cls_token is None:
+        return "it has no class token, whose attention methods read"
+    if isinstance(net.norm, nn.Identity):
+        return "it has no norm after its last block"
+    kinds = {type(block).__name__ for block in net.blocks if type(block) is not Block}
+    if kinds:
+        return f"its blocks are of another kind ({', '.join(sorted(kinds))})"
+    parts = ("q_norm", "k_norm", "norm")
+    norms = [n for n in parts if any(not isinstance(getattr(block.attn, n, nn.Identity()), nn.Identity) for block in net.blocks)]
+    return f"its attention has norms of its own ({', '.join(norms)})" if norms else None
 
 
 def _reductions(architecture: str) -> list[int]:
@@ -213,14 +230,30 @@ def _arguments(name: str, options: TimmOptions, *, image_size: int) -> dict[str,
     return arguments
 
 
-def _renamed(state: State, *, net: nn.Module, architecture: str, arguments: dict[str, Any]) -> State:
-    """State dict of a whole timm network -> that of its feature network, which renames (``stages.0`` -> ``stages_0``) and prunes."""
-    with torch.device("meta"):
-        whole = timm.create_model(architecture, num_classes=0, **arguments).state_dict().keys()
-    ours = {_flat(name): name for name in net.state_dict()}
-    pruned = {name for name in whole if _flat(name) not in ours}
-    return {ours.get(_flat(name), name): tensor for name, tensor in state.items() if name not in pruned}
+def _key(name: str) -> str:
+    return join_key("backbones", f"timm:{name}", "weights")
+
+
+def _renaming(net: nn.Module, *, architecture: str, arguments: dict[str, Any]) -> Callable[[State], State]:
+    """From names of a whole timm network to those of its feature network, which renames (``stages.0`` -> ``stages_0``) and prunes.
+
+    What the whole network has and the feature network lacks is dropped: its classifier, whatever timm calls it, and pruned stages.
+    """
+
+    @functools.cache
+    def pruned() -> frozenset[str]:
+        with torch.device("meta"):
+            whole = timm.create_model(architecture, num_classes=2, **arguments).state_dict().keys()
+        return frozenset(name for name in whole if _flat(name) not in ours)
+
+    def renamed(state: State) -> State:
+        return {ours.get(_flat(name), name): tensor for name, tensor in state.items() if name not in pruned()}
+
+    # Networks without stages as modules are wrapped whole, and keep all names below that of the wrapper's part.
+    wrapped = {FeatureHookNet: "body.", FeatureGetterNet: "model."}.get(type(net), "")
+    ours = {_flat(name.removeprefix(wrapped)): name for name in net.state_dict()}
+    return renamed
 
 
 def _flat(name: str) -> str:
-    return name.removeprefix("model.").replace(".", "_")
+    return name.replace(".", "_")

@@ -1,5 +1,8 @@
 """Initial weights of a backbone: random, published, or from a file. Never a silent fall-back, never a pickle.
 
+A file may be wrapped (``{"state_dict": ..., "epoch": 3}``), and its names may share a prefix (``module.``). Both are undone
+where there is exactly one way that fits the network. Nothing is guessed beyond that.
+
 Downloads go through timm's sources: the Hugging Face hub, then torch's own hub. Whatever comes from there, or lies in
 their caches, is compared with its published SHA-256 each time, so that a damaged file is an error and not a bad result.
 """
@@ -10,7 +13,8 @@ import contextlib
 import hashlib
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,11 @@ VGGFACE2_MEAN = (131.0912 / 255, 103.8827 / 255, 91.4953 / 255)
 VGGFACE2_STD = (1 / 255, 1 / 255, 1 / 255)
 MS1M_FILE = "backbone_ir50_ms1m_epoch120.pth"
 MS1M_SOURCE = "the model zoo of face.evoLVe, IR-50 trained on MS-Celeb-1M"
+
+WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params", "backbone")
+"""Keys under which training scripts keep the network itself, and not its average or its optimiser."""
+HEADS = ("fc", "head", "heads", "head_dist", "classifier", "logits", "last_linear")
+"""Names that training scripts give a classifier; ignored in files of networks that have no such part."""
 
 _loading: ContextVar[bool] = ContextVar("loading", default=True)
 
@@ -62,14 +71,15 @@ def load_weights(
     fresh: tuple[str, ...] = (),
     rename: Callable[[State], State] | None = None,
     timm_options: Mapping[str, Any] | None = None,
+    key: str = "backbones.NAME.weights",
 ) -> None:
     """Fill ``net`` in place.
 
     Args:
         net: the network, without classifier.
         weights: ``random`` (leave as initialised), ``imagenet`` (timm's published weights of ``timm_name``), a key of
-            ``others``, or a path of a ``.safetensors``, ``.pth`` or ``.pt`` file of tensors; classifier weights in it
-            are ignored.
+            ``others``, or a path of a file of tensors (safetensors or PyTorch, whatever its ending). Classifier weights in
+            it are ignored; a wrapper or a common prefix is undone where exactly one way fits.
         timm_name: timm model name with its pretrained tag; None where no published weights exist.
         others: further names of weights -> what reads them.
         dropped: prefixes of tensors of the published network that ``net`` does not have; ignored.
@@ -77,50 +87,173 @@ def load_weights(
             altogether, which then keeps its random weights. Nothing else may be missing.
         rename: from the names of the source to those of ``net``; sees the source without ``dropped`` and classifier.
         timm_options: arguments of timm's model (``img_size``) the published weights are to be adapted to.
+        key: the setting that ``weights`` comes from, dotted; for messages.
 
     Raises:
         FileNotFoundError: the file is not there, or the published weights cannot be downloaded; says what to do.
-        ValueError: the file is damaged, holds other things than tensors, or its tensors do not fit: every missing,
-            unknown and misshapen name is listed.
+        ValueError: the file is damaged or would need code; its tensors do not fit, in which case missing, unknown and
+            misshapen names are listed; several of its networks fit; or a tensor holds NaN or infinity.
     """
     others = others or {}
     if weights == "random" or not _loading.get():
         return
+
+    ignored = (*ignored_heads(net, timm_name=timm_name), *dropped)
+
+    def prepare(state: State) -> State:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(ignored)}
+        return rename(state) if rename else state
+
     if weights in others:
-        state = others[weights]()
-    elif weights != "imagenet":
-        state = read_tensors(Path(weights), names=("random", *(("imagenet",) if timm_name else ()), *others))
-    elif timm_name is None:
-        known = " or ".join(repr(name) for name in ("random", *others))
-        raise ValueError(f"weights = 'imagenet': no published weights for this network; use {known}, or the path of a file")
+        fit(net, prepare(others[weights]()), source=weights, fresh=fresh)
+    elif weights == "imagenet":
+        if timm_name is None:
+            known = " or ".join(repr(name) for name in ("random", *others))
+            raise ValueError(f"weights = 'imagenet': no published weights for this network; use {known}, or the path of a file")
+        fit(net, prepare(published_weights(timm_name, **(timm_options or {}))), source=weights, fresh=fresh)
     else:
-        state = published_weights(timm_name, **(timm_options or {}))
-    classifier = timm.models.get_pretrained_cfg_value(timm_name, "classifier") if timm_name else None
-    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier or ["fc", "head"]))
-    state = {name: tensor for name, tensor in state.items() if not name.startswith((*heads, *dropped))}
-    fit(net, rename(state) if rename else state, source=weights, fresh=fresh)
+        tables = read_tables(Path(weights), names=("random", *(("imagenet",) if timm_name else ()), *others))
+        _fit_file(net, tables, prepare=prepare, source=weights, fresh=fresh, key=key)
 
 
-def fit(net: nn.Module, state: State, *, source: str, fresh: tuple[str, ...] = ()) -> None:
-    """Load a state dict in which nothing may be missing, unknown or of another shape; see `load_weights` for ``fresh``.
+def ignored_heads(net: nn.Module, *, timm_name: str | None) -> tuple[str, ...]:
+    """Prefixes of classifier tensors in a file: timm's, and those of `HEADS` that no part of ``net`` is called.
+
+    timm's feature networks write ``head_norm`` for ``head.norm``, or have all their names below ``model`` or ``body``.
+    """
+    published = timm.models.get_pretrained_cfg_value(timm_name, "classifier") if timm_name else None
+    names = [name.removeprefix("model.").removeprefix("body.").replace(".", "_") for name in net.state_dict()]
+    foreign = [head for head in HEADS if not any(name.startswith(f"{head}_") for name in names)]
+    return tuple(f"{name}." for name in (*([published] if isinstance(published, str) else published or ()), *foreign))
+
+
+def _fit_file(
+    net: nn.Module, tables: Mapping[str, State], *, prepare: Callable[[State], State], source: str, fresh: tuple[str, ...], key: str
+) -> None:
+    """`fit` with the one table and prefix of a file that fit the network.
+
+    Args:
+        net: the network, without classifier.
+        tables: see `read_tables`.
+        prepare: from names without prefix to those of ``net``.
+        source: see `fit`.
+        fresh: see `load_weights`.
+        key: see `load_weights`.
 
     Raises:
-        ValueError: it does not fit; lists the first names and counts the others.
+        ValueError: none fits, or more than one with different tensors.
     """
     wanted = net.state_dict()
+    ways: list[tuple[int, str, str, State]] = []
+    for where, table in tables.items():
+        for prefix in _prefixes(table, count=_count(wanted) // 2):
+            state = prepare({name.removeprefix(prefix): tensor for name, tensor in table.items() if name.startswith(prefix)})
+            ways.append((len(_problems(wanted, state, fresh=fresh)), where, prefix, state))
+    clean = _different([way for way in ways if not way[0]], names=wanted.keys())
+    # An average or a teacher beside the network, under a name of its own, does not make the network itself ambiguous.
+    usual = [way for way in clean if way[1].rpartition(".")[2] in ("", *WRAPPERS)]
+    chosen = usual if usual else clean
+    if len(chosen) > 1:
+        places = " and ".join(
+            repr(".".join(filter(None, (where, prefix))).rstrip(".") or "the file itself") for _, where, prefix, _ in chosen
+        )
+        raise ValueError(
+            f"weights {source!r} hold several networks that fit, with different tensors: {places}; "
+            f"save one of them alone and --set '{key}=/path/to/it'"
+        )
+    nearest = max(ways, key=lambda way: (len(wanted.keys() & way[3].keys()), -way[0]))
+    _, where, _, state = chosen[0] if chosen else nearest
+    fit(net, state, source=source, fresh=fresh, given=tables[where], key=key)
+
+
+def _count(state: Mapping[str, Tensor]) -> int:
+    return sum(not name.endswith("num_batches_tracked") for name in state)
+
+
+def _prefixes(table: State, *, count: int) -> list[str]:
+    """The empty prefix, and the dotted ones that at least ``count`` names have."""
+    seen: Counter[str] = Counter()
+    for name in table:
+        if not name.endswith("num_batches_tracked"):
+            parts = name.split(".")
+            seen.update(".".join(parts[:depth]) + "." for depth in range(1, min(len(parts), 5)))
+    return ["", *(prefix for prefix, number in seen.items() if number >= max(count, 1))]
+
+
+def _different(ways: list[tuple[int, str, str, State]], *, names: Iterable[str]) -> list[tuple[int, str, str, State]]:
+    """The ways without those that give the same tensors as an earlier one."""
+    kept: list[tuple[int, str, str, State]] = []
+    for way in ways:
+        if not any(all(_same(earlier[3].get(name), way[3].get(name)) for name in names) for earlier in kept):
+            kept.append(way)
+    return kept
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b))
+
+
+def _problems(wanted: State, state: State, *, fresh: tuple[str, ...]) -> list[str]:
+    """What keeps a state dict from filling the network whose state dict is ``wanted``, a phrase each."""
     absent = tuple(prefix for prefix in fresh if not any(name.startswith(prefix) for name in state))
     missing = [name for name in wanted.keys() - state.keys() if not name.startswith(absent)]
     problems = [f"missing {name}" for name in missing if not name.endswith("num_batches_tracked")]
     problems += [f"unknown {name}" for name in state.keys() - wanted.keys()]
-    problems += [
-        f"{name} has shape {tuple(state[name].shape)}, wanted {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & state.keys()
-        if state[name].shape != wanted[name].shape
-    ]
+    for name in wanted.keys() & state.keys():
+        if state[name].shape != wanted[name].shape:
+            problems.append(f"{name} has shape {tuple(state[name].shape)}, wanted {tuple(wanted[name].shape)}")
+        elif wanted[name].is_floating_point() and not state[name].is_floating_point():
+            problems.append(f"{name} is of {state[name].dtype}, wanted {wanted[name].dtype}")
+    return problems
+
+
+def fit(
+    net: nn.Module,
+    state: State,
+    *,
+    source: str,
+    fresh: tuple[str, ...] = (),
+    given: State | None = None,
+    key: str = "backbones.NAME.weights",
+) -> None:
+    """Load a state dict in which nothing may be missing, unknown or of another shape, or not finite.
+
+    Numbers of other widths (float16, bfloat16, float64) are cast to those of the network.
+
+    Args:
+        net: filled in place, or left as it is.
+        state: names of ``net`` -> tensors.
+        source: what the message calls the origin: a word or the path of a file.
+        fresh: see `load_weights`.
+        given: the tensors under the names that the source has; for the message.
+        key: see `load_weights`.
+
+    Raises:
+        ValueError: it does not fit; lists the first names and counts the others, and shows names of both sides.
+    """
+    wanted = net.state_dict()
+    problems = _problems(wanted, state, fresh=fresh)
     if problems:
         shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ValueError(f"weights {source!r} do not fit the network: {shown}")
-    net.load_state_dict({**wanted, **state})
+        sides = f"The network has {_sample(wanted)}; the source has {_sample(state if given is None else given)}"
+        advice = f"give a file of this network, or random weights: --set '{key}=random'"
+        raise ValueError(f"weights {source!r} do not fit the network: {shown}. {sides}; {advice}")
+    cast = {name: tensor.to(wanted[name].dtype) for name, tensor in state.items()}
+    for name, tensor in cast.items():
+        # Before the cast too: NaN becomes some integer in a counter. After it: a large float64 becomes infinite.
+        bad = int((~(state[name].isfinite() & tensor.isfinite())).sum())
+        if bad:
+            raise ValueError(
+                f"weights {source!r}: tensor {name!r} holds NaN or infinity in {bad} of its {tensor.numel()} values, so that no loss "
+                f"would be finite; give a file saved before the training diverged: --set '{key}=/path/to/it'"
+            )
+    net.load_state_dict({**wanted, **cast})
+
+
+def _sample(state: Mapping[str, Tensor]) -> str:
+    """Number of names, and a few of them."""
+    names = list(state)
+    return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def published_weights(timm_name: str, **options: Any) -> State:
@@ -222,42 +355,108 @@ def stored_file(name: str, *, source: str) -> Path:
     return path
 
 
-def read_tensors(path: Path, *, names: tuple[str, ...] = ()) -> State:
-    """Read a ``.safetensors``, ``.pth`` or ``.pt`` file of tensors, unwrapping ``state_dict`` or ``model``.
+def read_tensors(path: Path) -> State:
+    """Read the tensors of a file that holds one network: those under a name of `WRAPPERS`, otherwise the largest table.
+
+    Raises:
+        FileNotFoundError: see `read_tables`.
+        ValueError: see `read_tables`.
+    """
+    tables = read_tables(path)
+    wrapped = [wrapper for wrapper in WRAPPERS if wrapper in tables]
+    return tables[wrapped[0] if wrapped else max(tables, key=lambda where: len(tables[where]))]
+
+
+def read_tables(path: Path, *, names: tuple[str, ...] = ()) -> dict[str, State]:
+    """Read every table of tensors in a safetensors or PyTorch file; the content tells which it is, whatever the ending.
+
+    Numbers, words and NumPy values beside the tensors are passed over. Nothing in the file is executed.
 
     Args:
         path: the file.
         names: words that could have stood in its place; for the message.
 
+    Returns:
+        Where in the file, as dotted keys (empty for the top level) -> name -> tensor. At least one table.
+
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is damaged, or holds anything but tensors. Nothing in it is executed.
+        ValueError: it is damaged, holds no tensors, or holds objects that only code of their own could make.
     """
     if not path.is_file():
         words = f", and not one of {', '.join(map(repr, names))}" if names else ""
         raise FileNotFoundError(f"weights = {str(path)!r}: no such file{words}")
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or _is_safetensors(path):
         try:
-            return load_file(path)
+            content: Any = load_file(path)
         except SafetensorError as error:
             raise ValueError(f"weights = {str(path)!r}: the file is damaged: {error}") from error
-    if path.suffix not in (".pth", ".pt", ".bin"):
-        raise ValueError(f"weights = {str(path)!r}: expected a .safetensors, .pth or .pt file")
+    else:
+        content = _unpickled(path)
+    tables = dict(_tables(content))
+    if not tables:
+        held = (
+            f"a dictionary of {', '.join(map(repr, list(content)[:6])) or 'nothing'}"
+            if isinstance(content, dict)
+            else type(content).__name__
+        )
+        raise ValueError(f"weights = {str(path)!r}: expected a dictionary of tensors by name, found {held}; {_SAVE}")
+    return tables
+
+
+_SAVE = "save the tensors alone, where the network can be loaded: torch.save(network.state_dict(), 'weights.pth')"
+_CLASS = re.compile(r"GLOBAL ([\w.]+)")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file starts as safetensors do: the length of a JSON header, and its brace."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
+
+
+class _PassedOver:
+    """Stands in for a NumPy value beside the tensors: NumPy itself never sees what the file says."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+_PASSED_OVER: list[Any] = [
+    *((_PassedOver, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *((_PassedOver, name) for name in ("numpy.dtype", "numpy.ndarray", "_codecs.encode")),
+]
+
+
+def _unpickled(path: Path) -> Any:
+    """What a PyTorch file holds, made by torch's restricted reader, which knows tensors and plain values only."""
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_PASSED_OVER):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        match = _CLASS.search(str(error))
+        if match is None:
+            reason = "it is damaged or holds other things than tensors, which could run code: expected a .safetensors, .pth or .pt file"
+        else:
+            reason = f"it holds other things than tensors, which could run code: {match[1]}"
+        raise ValueError(f"weights = {str(path)!r}: refused, because {reason}; {_SAVE}") from error
+    except Exception as error:
+        # The restricted reader raises whatever the bytes of a damaged file lead it to.
         raise ValueError(
-            f"weights = {str(path)!r}: refused, because it is damaged or holds other things than tensors, which could run code; "
-            f"save its state dict alone, best as .safetensors"
+            f"weights = {str(path)!r}: the file is damaged, or of another kind: expected a .safetensors, .pth or .pt file: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"weights = {str(path)!r}: the file is damaged: {error}") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"weights = {str(path)!r}: expected a dictionary of tensors")
-    return content
+
+
+def _tables(content: object, where: tuple[str, ...] = ()) -> Iterator[tuple[str, State]]:
+    if not isinstance(content, dict) or len(where) > 3:
+        return
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if tensors:
+        yield ".".join(where), tensors
+    for name, value in content.items():
+        yield from _tables(value, (*where, str(name)))
 
 
 def ms1m_weights() -> State:

@@ -26,7 +26,7 @@ class LeGrad(TSCAM):
 
     s_l is the score of the class from the tokens after block l, through the classifier's own norm and head, as if the network
     ended there; A_l is the softmax attention of block l. For a TS-CAM classifier the score pools patch tokens, so the
-    queries that matter are the patches; the class token's column is left out of the map.
+    queries that matter are the patches; the columns of the class token and its like are left out of the map.
     The published FER code has no LeGrad: the variants are the same.
     """
 
@@ -47,5 +47,5 @@ class LeGrad(TSCAM):
                 tokens, attention = backbone.block(number, tokens.detach().requires_grad_(), whole=True)
                 scores = classifier.head(backbone.patches(tokens)).mean(dim=(2, 3))
                 (gradient,) = torch.autograd.grad(scores.gather(1, chosen[:, None]).sum(), attention)
-                relevance = relevance + gradient.clamp(min=0).mean(dim=(1, 2))[:, 1:]
+                relevance = relevance + gradient.clamp(min=0).mean(dim=(1, 2))[:, backbone.prefix :]
             return backbone.on_grid(relevance / backbone.depth)

@@ -22,7 +22,7 @@ from bench.methods.tscam import TSCAM
     in_all=False,
 )
 class Rollout(TSCAM):
-    """Row of the class token, without its own column, of the product of (A_l + I) / 2 over all blocks (Abnar and Zuidema, eq. 1).
+    """Row of the class token, for patches alone, of the product of (A_l + I) / 2 over all blocks (Abnar and Zuidema, eq. 1).
 
     A_l is the attention of block l averaged over heads. The map does not depend on the class. The classifier is trained as
     TS-CAM, whose logits see patch tokens only: the class token is read because its attention is what TS-CAM couples with.
@@ -40,4 +40,4 @@ class Rollout(TSCAM):
             for number in range(backbone.depth):
                 tokens, weights = backbone.block(number, tokens, whole=True)
                 reach = (weights.mean(dim=1) @ reach + reach) / 2
-            return backbone.on_grid(reach[:, 0, 1:])
+            return backbone.on_grid(reach[:, 0, backbone.prefix :])

@@ -10,7 +10,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from bench.draws import drawing, sample_kept, site_of, step_uniform
-from bench.training.random_layers import GeneratorWatch, KeyedDropout, batch_statistics, key_random_layers
+from bench.training.random_layers import GeneratorWatch, KeyedDropout, batch_statistics, enough_for_batch_norm, key_random_layers
 
 SAMPLES = torch.arange(6) * 7919
 SITE = site_of("layer")
@@ -135,3 +135,25 @@ def test_a_layer_that_draws_from_torchs_generator_is_seen():
 def test_batch_statistics_of_a_process_are_seen(layer, depends):
     assert batch_statistics(nn.Sequential(layer)) == depends
     assert not batch_statistics(nn.Sequential(layer).eval())
+
+
+def small_maps():
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5))
+
+
+def test_a_batch_norm_with_one_value_a_channel_names_the_setting_and_the_layer():
+    net = small_maps()
+    message = r"train\.batch_size gives a process 1 sample at once, and batch norm \(1\) needs more"
+    with pytest.raises(ValueError, match=message), enough_for_batch_norm(net, samples=1):
+        net(torch.ones(1, 3, 1, 1))
+
+
+def test_a_single_sample_will_do_where_maps_have_several_places():
+    net = small_maps()
+    with enough_for_batch_norm(net, samples=1):
+        assert net(torch.ones(1, 3, 2, 2)).shape == (1, 5, 2, 2)
+
+
+def test_another_error_of_a_network_is_left_as_it_is():
+    with pytest.raises(ValueError, match=r"^something else$"), enough_for_batch_norm(small_maps(), samples=1):
+        raise ValueError("something else")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import pickle
@@ -144,6 +145,103 @@ def test_a_damaged_file_is_an_error(tmp_path, name, harm):
     path.write_bytes({"cut": content[: len(content) // 2], "flipped": content, "empty": b"", "text": b"not weights" * 50}[harm])
     with pytest.raises(ValueError, match=r"damaged"):
         read_tensors(path)
+
+
+FORMS = {
+    "wrapper with epoch": lambda state: {"state_dict": state, "epoch": 3, "best_acc": 0.9},
+    "model_state_dict and optimiser": lambda state: {
+        "model_state_dict": state,
+        "optimizer_state_dict": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]},
+    },
+    "net": lambda state: {"net": state, "acc": 0.9},
+    "numbers beside tensors": lambda state: {**state, "epoch": 3},
+    "NumPy scalar beside tensors": lambda state: {"state_dict": state, "best_acc": np.float64(0.5), "history": np.ones(2)},
+    "DataParallel": lambda state: {f"module.{k}": v for k, v in state.items()},
+    "compiled": lambda state: {"model": {f"_orig_mod.{k}": v for k, v in state.items()}},
+    "two prefixes": lambda state: {"state_dict": {f"module.backbone.{k}": v for k, v in state.items()}},
+    "prefix of the backbone alone": lambda state: {**{f"encoder.{k}": v for k, v in state.items()}, "fc.weight": torch.ones(8, 4)},
+    "average beside": lambda state: {"state_dict": state, "state_dict_ema": {k: v + 1 for k, v in state.items()}},
+    "half": lambda state: {k: v.half() for k, v in state.items()},
+    "bfloat16": lambda state: {k: v.bfloat16() for k, v in state.items()},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_in_a_usual_form_fills_the_network(tmp_path, form):
+    module = net()
+    torch.save(FORMS[form](filled(module)), tmp_path / "w.pth")
+    load_weights(module, str(tmp_path / "w.pth"), timm_name=None)
+    assert all((tensor == 2).all() for tensor in module.state_dict().values())
+    assert module[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["w.pth.tar", "w.ckpt", "w.model", "w.bin", "w"])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_the_content_tells_the_format_and_not_the_ending(tmp_path, name, kind):
+    module = net()
+    state, path = filled(module), tmp_path / name
+    save_file(state, path) if kind == "safetensors" else torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+    load_weights(module, str(path), timm_name=None)
+    assert (module[0].weight == 2).all()
+
+
+def test_two_networks_that_fit_are_refused_by_their_places(tmp_path):
+    module = net()
+    student, teacher = filled(module), {k: v + 1 for k, v in filled(module).items()}
+    path = tmp_path / "w.pth"
+    torch.save({**{f"student.{k}": v for k, v in student.items()}, **{f"teacher.{k}": v for k, v in teacher.items()}}, path)
+    with pytest.raises(ValueError, match=r"several networks that fit, with different tensors: 'student' and 'teacher'; .*--set"):
+        load_weights(module, str(path), timm_name=None)
+
+
+def test_the_same_tensors_twice_are_one_network(tmp_path):
+    module = net()
+    torch.save({"model": filled(module), "net": filled(module)}, tmp_path / "w.pth")
+    load_weights(module, str(tmp_path / "w.pth"), timm_name=None)
+    assert (module[0].weight == 2).all()
+
+
+def test_a_file_of_another_network_shows_names_of_both_sides_and_the_setting(tmp_path):
+    torch.save({"state_dict": {"module.a.weight": torch.ones(1), "module.b.weight": torch.ones(1)}}, tmp_path / "w.pth")
+    with pytest.raises(
+        ValueError,
+        match=r"The network has \d+ tensors \(0\.weight, .*the source has 2 tensors \(module\.a\.weight, .*--set 'backbones\.x\.weights=",
+    ):
+        load_weights(net(), str(tmp_path / "w.pth"), timm_name=None, key="backbones.x.weights")
+
+
+def test_a_gap_below_a_prefix_is_listed_alone(tmp_path):
+    module = net()
+    state = {f"module.{k}": v for k, v in filled(module).items()}
+    del state["module.0.bias"]
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"do not fit the network: missing 0\.bias\. The network"):
+        load_weights(module, str(tmp_path / "w.pth"), timm_name=None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path, value):
+    module = net()
+    before = module[0].weight.clone()
+    state = filled(module)
+    state["1.weight"][0] = value
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth': tensor '1\.weight' holds NaN or infinity in 1 of its"):
+        load_weights(module, str(tmp_path / "w.pth"), timm_name=None)
+    assert torch.equal(module[0].weight, before)
+
+
+def test_integers_in_place_of_weights_are_refused(tmp_path):
+    module = net()
+    torch.save({k: v.to(torch.int8) for k, v in filled(module).items()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"0\.weight is of torch\.int8, wanted torch\.float32"):
+        load_weights(module, str(tmp_path / "w.pth"), timm_name=None)
+
+
+def test_an_object_that_needs_code_is_refused_by_its_class(tmp_path):
+    torch.save({"state_dict": filled(net()), "args": argparse.Namespace(lr=0.1)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"refused, .* argparse\.Namespace; .*torch\.save\(network\.state_dict\(\)"):
+        load_weights(net(), str(tmp_path / "w.pth"), timm_name=None)
 
 
 class Payload:

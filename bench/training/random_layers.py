@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
+
 import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
@@ -90,5 +94,36 @@ class GeneratorWatch:
 
 def batch_statistics(network: nn.Module) -> bool:
     """Whether a layer of the network normalises in training by statistics of what its own process holds of a batch."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    return any(isinstance(module, kinds) and module.training for module in network.modules())
+    return any(isinstance(module, _BATCH_NORMS) and module.training for module in network.modules())
+
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_TOO_FEW = re.compile(r"Expected more than 1 value per channel when training, got input size .*?(\d+), (\d+)")
+
+
+@contextlib.contextmanager
+def enough_for_batch_norm(network: nn.Module, *, samples: int) -> Iterator[None]:
+    """Say in the words of the settings that a batch norm has one value a channel, and so no spread to divide by.
+
+    It depends on the sides of the maps, too: a single sample will do where a map has more than one place.
+
+    Args:
+        network: what runs in this context; names its layers in the message.
+        samples: that this process gives the network at once.
+
+    Raises:
+        ValueError: names the setting and the layers that may be meant, in place of torch's error.
+    """
+    try:
+        yield
+    except ValueError as error:
+        match = _TOO_FEW.search(str(error))
+        if match is None:
+            raise
+        width = int(match[2])
+        norms = [name for name, module in network.named_modules() if isinstance(module, _BATCH_NORMS) and module.num_features == width]
+        shown = ", ".join(norms[:3]) + (f" and {len(norms) - 3} more" if len(norms) > 3 else "")
+        raise ValueError(
+            f"train.batch_size gives a process {samples} sample{'s' if samples != 1 else ''} at once, and batch norm ({shown}) needs more "
+            f"than one value a channel: raise train.batch_size to twice the number of processes times train.accumulate, or images.size"
+        ) from error

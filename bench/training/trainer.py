@@ -38,7 +38,7 @@ from bench.training.engine import Engine
 from bench.training.interruption import EverywhereError, Hold, LeaseLostError, StoppedError, Unshared
 from bench.training.observer import Observer, Work
 from bench.training.optimiser import build_optimiser, learning_rate, set_learning_rate
-from bench.training.random_layers import GeneratorWatch, batch_statistics
+from bench.training.random_layers import GeneratorWatch, batch_statistics, enough_for_batch_norm
 from bench.training.strategy import numerics
 from bench.training.task import GuidanceTerm, TrainingTask, guided_share
 from bench.weights import without_loading
@@ -320,6 +320,7 @@ class _Trainer:
             with (
                 drawing(seed=self.step_seed, step=step, samples=batch.seeds),
                 self.engine.strategy.micro_batch(self.module, last=last),
+                enough_for_batch_norm(self.classifier, samples=len(batch.images)),
             ):
                 watch = GeneratorWatch(self.engine.device) if self._unwatched else None
                 result = self.module(batch, share)

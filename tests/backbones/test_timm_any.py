@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from bench import weights
 from bench.backbone import BACKBONES, Backbone
+from bench.backbones import timm_any
+from bench.backbones.timm_any import TimmPlainViT
 from bench.config import ConfigError, join_key, load_settings, split_key
 from bench.method import METHODS
 from bench.registry import EntryInfo, EntryOptions, Member, Registry, UnknownEntryError
@@ -102,7 +106,7 @@ def test_what_a_network_cannot_do_is_an_error_when_planning(name, options, messa
         build(name, **options)
 
 
-@pytest.mark.parametrize("name", ["mixer_s16_224", "xcit_nano_12_p16_224", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("name", ["mixer_s16_224", "xcit_nano_12_p16_224"])
 def test_a_network_with_maps_of_one_size_is_refused_and_others_are_named(name):
     with pytest.raises(ValueError, match=rf"{name}.* has no maps of several sizes .*deit-small"):
         BACKBONES.get(f"timm:{name}")
@@ -118,6 +122,41 @@ def test_a_plain_vision_transformer_is_read_like_deit():
         layers = backbone(images).layers
     torch.testing.assert_close(layers[1], tokens[:, 1:].transpose(1, 2).unflatten(-1, (4, 4)), rtol=1e-4, atol=1e-5)
     assert layers[2].shape == (2, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("vit_base_patch16_siglip_224", "it has no class token"),
+        ("vit_base_patch16_xp_224", r"its blocks are of another kind \(ParallelScalingBlock\)"),
+        ("mixer_s16_224", "it is a MlpMixer"),
+    ],
+)
+def test_a_refused_transformer_is_told_the_reason(name, reason):
+    with pytest.raises(ValueError, match=reason):
+        BACKBONES.get(f"timm:{name}")
+
+
+@pytest.mark.parametrize(("name", "size"), [("deit_tiny_distilled_patch16_224", 64), ("vit_small_patch14_reg4_dinov2", 56)])
+def test_registers_and_a_distillation_token_are_no_patches(name, size):
+    backbone = build(f"timm:{name}", image_size=size).eval()
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens = backbone.net.forward_features(images)
+        layers = backbone(images).layers
+    assert backbone.prefix == backbone.net.num_prefix_tokens > 1
+    torch.testing.assert_close(layers[1], tokens[:, backbone.prefix :].transpose(1, 2).unflatten(-1, (4, 4)), rtol=1e-4, atol=1e-5)
+    assert layers[2].shape == (2, 1, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["tscam", "rollout", "legrad"])
+def test_maps_of_a_transformer_with_a_distillation_token_are_on_the_grid_of_patches(name):
+    target = METHODS.get(name).target
+    method = target(target.Options(), variant="paper")
+    classifier = method.classifier(build("timm:deit_tiny_distilled_patch16_224"), num_classes=7).eval()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    output = dataclasses.replace(classifier(images), images=images)
+    assert method.maps(classifier, output, torch.tensor([0, 1])).shape == (2, 4, 4)
 
 
 def test_a_size_that_patches_do_not_tile_is_an_error():
@@ -183,6 +222,55 @@ def test_a_file_of_another_network_is_refused_by_name(tmp_path):
     save_file({"stem_0.weight": torch.ones(1), "nonsense": torch.ones(2)}, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"do not fit the network: missing bn1\.bias; .* and \d+ more"):
         build("timm:test_resnet", weights=str(tmp_path / "w.safetensors"))
+
+
+def test_a_refusal_names_the_setting_to_change(tmp_path):
+    save_file({"nonsense": torch.ones(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"--set 'backbones\.timm:test_resnet\.weights=random'"):
+        build("timm:test_resnet", weights=str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("architecture", ["lcnet_050", "mnasnet_small", "mobilenetv3_small_050", "resnet10t"])
+def test_a_fine_tuned_network_computes_the_same_whatever_its_classifier_is_called(tmp_path, architecture):
+    donor = timm.create_model(architecture, num_classes=8).eval()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in donor.state_dict().items()}, "epoch": 3}, tmp_path / "w.pth.tar")
+    backbone = build(f"timm:{architecture}", weights=str(tmp_path / "w.pth.tar")).eval()
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = donor.forward_intermediates(images, intermediates_only=True)
+        torch.testing.assert_close(backbone(images).layers[backbone.last], wanted[-1], rtol=0, atol=0)
+
+
+def misfits(architecture: str, *, num_classes: int) -> list[str]:
+    """What of timm's own state dict does not fit our network of the same name; on the meta device."""
+    try:
+        target = BACKBONES.get(f"timm:{architecture}").target
+    except ValueError:
+        return []  # refused when planning
+    with torch.device("meta"):
+        whole = timm.create_model(architecture, num_classes=num_classes)
+        if issubclass(target, TimmPlainViT):
+            net, rename = timm.create_model(architecture, num_classes=0), None
+        else:
+            net = timm.create_model(architecture, features_only=True)
+            rename = timm_any._renaming(net, architecture=architecture, arguments={})
+    ignored = weights.ignored_heads(net, timm_name=target.published)
+    state = {name: tensor for name, tensor in whole.state_dict().items() if not name.startswith(ignored)}
+    return weights._problems(net.state_dict(), rename(state) if rename else state, fresh=())
+
+
+@pytest.mark.parametrize("num_classes", [0, 8])
+@pytest.mark.parametrize(
+    "architecture", ["efficientnet_b6", "inception_v4", "vit_tiny_patch16_224", "mobilenetv4_conv_small", "pit_ti_224"]
+)
+def test_timms_own_state_dict_fits_our_network(architecture, num_classes):
+    assert misfits(architecture, num_classes=num_classes) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_the_state_dict_of_every_timm_network_fits_ours():
+    assert {name: found for name in timm.list_models() if (found := misfits(name, num_classes=8))} == {}
 
 
 # Settings
