@@ -42,7 +42,7 @@ from bench import __version__
 from bench.data.atomic import PARTIAL_SUFFIX, atomic_file, fsync_folder, write_bytes_atomic, write_json_atomic
 from bench.data.index import INDEX_NAME, REPORT_NAME, BadPicture, Index, Member, Shard, Split, count_classes, hash_keys, load_index
 from bench.data.landmarks import Landmarker, describe_source, open_landmarker
-from bench.data.pictures import encode_jpeg, letterbox
+from bench.data.preparation import store_face
 from bench.data.verify import verify
 from bench.dataset import DATASETS, SPLITS, BadPictureError, Dataset, Face, Item
 from bench.registry import check_options, load_plugin
@@ -578,15 +578,14 @@ def _sample(dataset: Dataset, item: Item, face: Face) -> tuple[bytes, dict[str, 
     landmarks = None if dataset.options.landmarks == "none" else face.landmarks
     if landmarks is not None and (landmarks.shape != (68, 2) or not np.isfinite(landmarks).all()):
         raise RuntimeError(f"{type(dataset).__qualname__}.read returned landmarks of {item.source} that are not 68 finite points")
-    image, landmarks = letterbox(face.image, landmarks, size=dataset.options.size)
+    stored = store_face(dataclasses.replace(face, landmarks=landmarks), size=dataset.options.size, quality=dataset.options.quality)
     note = {
         "extra": dict(face.extra),
         "identity": item.identity,
-        # A thousandth of a pixel: far below what anybody can place, and short.
-        "landmarks": None if landmarks is None else np.round(landmarks, 3).tolist(),
+        "landmarks": None if stored.landmarks is None else stored.landmarks.tolist(),
         "source": item.source,
     }
-    return encode_jpeg(image, quality=dataset.options.quality), note
+    return stored.jpg, note
 
 
 def _members(file: BinaryIO, written: Sequence[tuple[str, int, int]]) -> tuple[Member, ...]:
