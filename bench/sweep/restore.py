@@ -6,9 +6,10 @@ import dataclasses
 from pathlib import Path
 
 from bench.backbone import BACKBONES
+from bench.data.preparation import Preparation, read_preparation
 from bench.matrix import DatasetRef, Training
 from bench.method import METHODS, Classifier
-from bench.training.trainer import load_trained, read_trained
+from bench.training.trainer import TRAINED, load_trained, read_trained
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +20,8 @@ class Restored:
     classes: tuple[str, ...]
     classifier: Classifier
     """With its selected weights, in eval mode, on the CPU."""
+    preparation: Preparation | None = None
+    """Of the pictures that it was trained on; None where an older version wrote the folder, which did not say."""
 
 
 def restore(folder: Path) -> Restored:
@@ -48,4 +51,9 @@ def restore(folder: Path) -> Restored:
     )
     if training.key != trained["training"]:
         raise ValueError(f"{folder}/trained.json was changed: it says {trained['training'][:10]}, its settings give {training.key[:10]}")
-    return Restored(training=training, classes=classes, classifier=load_trained(training, folder, num_classes=len(classes)))
+    return Restored(
+        training=training,
+        classes=classes,
+        classifier=load_trained(training, folder, num_classes=len(classes)),
+        preparation=read_preparation(trained, path=folder / TRAINED),
+    )

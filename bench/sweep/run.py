@@ -20,6 +20,7 @@ from bench.backbone import BACKBONES
 from bench.config import Settings
 from bench.data.batch import Reader
 from bench.data.index import Index, hash_keys
+from bench.data.preparation import preparation_of
 from bench.data.readers import open_reader
 from bench.evaluation.evaluator import Evaluated, accuracy, count_macs, evaluate
 from bench.evaluation.measures import choice_of
@@ -274,6 +275,7 @@ class _Sweep:
         observer: Observer = LeaseObserver(self.observer, self._lease) if self._lease is not None else self.observer
         try:
             source = self.readers.source(training)
+            assert source.index is not None
             folder = store.training_folder(training)
             if fresh:
                 with engine.together():
@@ -293,8 +295,8 @@ class _Sweep:
                     observer=observer,
                     checkpoint_minutes=config.train.checkpoint_minutes,
                     hold=self._lease,
+                    preparation=preparation_of(source.index),
                 )
-            assert source.index is not None
             with engine.together():
                 classifier = load_trained(training, folder, num_classes=len(source.index.classes)).to(engine.device)
                 trained = read_trained(folder)
