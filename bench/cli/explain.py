@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -36,8 +38,17 @@ def explain(
         bool | None,
         typer.Option(
             "--align/--no-align",
-            help="Turn and cut the face by its landmarks, or keep the whole picture: as the training's pictures were. "
-            "Default: align where the face is searched for.",
+            help="Turn and cut the face by its landmarks, or keep the whole picture. Default: as the training's pictures were; where "
+            "that is not known, align where the face is searched for.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prepared dataset of the training. Needed only where an older version trained: newer ones keep the preparation. "
+            "Default: looked for in data.",
+            file_okay=False,
             show_default=False,
         ),
     ] = None,
@@ -51,7 +62,7 @@ def explain(
     from rich.console import Console
 
     from bench.registry import load_plugin
-    from bench.reporting.explain import REPORT, Failed, LandmarkSource, choose_readers, find_pictures, open_training
+    from bench.reporting.explain import REPORT, Failed, LandmarkSource, choose_readers, find_pictures, open_training, with_preparation
     from bench.reporting.explain import explain as explain_pictures
     from bench.training.engine import Engine
 
@@ -60,6 +71,11 @@ def explain(
     for plugin in plugins or ():
         load_plugin(plugin)
     restored = open_training(checkpoint)
+    if data is not None:
+        restored = with_preparation(restored, data)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            restored = with_preparation(restored, Path("data"))
     readers = choose_readers(restored.training, [name.strip() for name in (methods or "").split(",") if name.strip()])
     source = LandmarkSource(landmarks, weights=landmark_weights)
     if align and landmarks == "none":
@@ -72,27 +88,35 @@ def explain(
 
     for lost in failed:
         tell(f"{lost.path}: {lost.reason}", "red")
-    unseen = 0
-    for one in explain_pictures(
+    explained, unseen = 0, 0
+    deviations: Counter[str] = Counter()
+    for result in explain_pictures(
         sources,
         restored,
         methods=readers,
         classes=classes or (),
         landmarks=source,
-        align=source.finds if align is None else align,
+        align=align,
         device=Engine(device="cpu" if device == "cpu" else "auto").device,
         out=out,
         failed=failed,
     ):
-        if isinstance(one, Failed):
-            failed.append(one)
-            tell(f"{one.path}: {one.reason}", "red")
+        if isinstance(result, Failed):
+            failed.append(result)
+            tell(f"{result.path}: {result.reason}", "red")
             continue
-        unseen += not one.facts["landmarks"]
-        likely = sorted(one.facts["probabilities"].items(), key=lambda item: -item[1])[:3]
-        tell(f"{one.source.path}: {', '.join(f'{name} {share:.1%}' for name, share in likely)}; {out / one.source.name}")
+        explained += 1
+        unseen += not result.facts["landmarks"]
+        deviations.update([result.facts["deviation"]] if result.facts["deviation"] else [])
+        likely = sorted(result.facts["probabilities"].items(), key=lambda item: -item[1])[:3]
+        tell(f"{result.source.path}: {', '.join(f'{name} {share:.1%}' for name, share in likely)}; {out / result.source.name}")
+    if not explained:
+        tell("no picture could be explained; nothing is written", "red")
+        raise typer.Exit(2)
     if unseen:
-        tell(f"without landmarks: {unseen}, taken as a face crop, resized and centre-cropped; no AU map can be drawn", "yellow")
+        tell(f"without landmarks: {unseen}, taken whole as a face crop; no AU map can be drawn", "yellow")
+    for deviation, count in deviations.items():
+        tell(f"not prepared as in training: {count} of {explained}: {deviation}", "yellow")
     tell(f"wrote {out / REPORT}: {', '.join(readers)}", "green")
     if failed:
         raise typer.Exit(1)
