@@ -194,8 +194,6 @@ def test_the_prediction_is_that_of_the_evaluation_of_the_same_pixels(training, t
 def test_an_aligned_face_lies_on_the_template(faces):
     source = LandmarkSource(str(faces / "landmarks.csv"))
     face = prepare_face(Source(path=faces / "one.png", name="one"), source, preparation=None, align=True)
-        Source(path=faces / "one.png", name="one"), LandmarkSource(str(faces / "landmarks.csv")), preparation=None, align=True
-    )
     assert face.prepared == "aligned"
     assert np.abs(five_points(face.landmarks) - template_points(256)).mean() < 0.05 * 256
 
