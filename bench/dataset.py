@@ -30,6 +30,9 @@ EXPRESSION_NAMES: Mapping[str, int] = {name: i for i, expression in enumerate(EX
 """Names of classes that are expressions, in lower case -> position in `EXPRESSIONS`."""
 SPLITS = ("train", "val", "test")
 
+Frame = Literal["stored", "upright"]
+"""Pixels that landmarks count: those stored in the file, or those seen after the EXIF orientation."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetInfo(EntryInfo):
@@ -88,6 +91,18 @@ class Face:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What `Dataset.read` does with a picture file, for those who have another file and nothing else of the dataset."""
+
+    landmark_frame: Frame = "stored"
+    """Pixels that the landmarks of the file count."""
+    aligned: bool = False
+    """Whether the face is turned, scaled and cut onto the template of `bench.data.alignment`."""
+    needs: str = ""
+    """What reading takes beyond the file and its 68 landmarks, in words (a box of the annotation, for instance); empty: nothing."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rejected:
     """A line of a dataset's annotation that cannot be used. It is reported among the bad pictures."""
 
@@ -132,6 +147,11 @@ class Dataset(ABC):
         Raises:
             BadPictureError: the picture cannot be used.
         """
+
+    @classmethod
+    def reading(cls, options: DatasetOptions, provenance: Mapping[str, Any]) -> Reading:  # noqa: ARG003 - what others need
+        """What `read` does with a file, where ``provenance`` is that of the index. By default it takes the whole picture."""
+        return Reading()
 
     def rejected(self) -> Sequence[Rejected]:
         """Lines of the annotation that name no usable picture. Called after `splits`."""

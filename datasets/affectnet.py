@@ -32,7 +32,7 @@ import numpy.typing as npt
 from bench.data.pictures import decode_picture, orient_landmarks
 from bench.data.plausibility import is_one_place
 from bench.data.published import Folds, PublishedDataset, unsafe_path
-from bench.dataset import DATASETS, EXPRESSIONS, BadPictureError, Box, Face, Item
+from bench.dataset import DATASETS, EXPRESSIONS, BadPictureError, Box, DatasetOptions, Face, Item, Reading
 from bench.registry import Default
 
 ORIGINAL = ("neutral", "happiness", "sadness", "surprise", "fear", "disgust", "anger", "contempt", "none", "uncertain", "no-face")
@@ -556,6 +556,13 @@ class AffectNet(PublishedDataset):
                 raise BadPictureError(str(error)) from error
             return _whole(self.root / item.source, points, known.affect(item.source) if known else {})
         return known.face(item.source, landmarks=shipped) if known else _whole(self.root / item.source, None, {})
+
+    @classmethod
+    def reading(cls, options: DatasetOptions, provenance: Mapping[str, Any]) -> Reading:  # noqa: ARG003 - what others need
+        """Face crops are taken whole; of whole pictures the annotation's box is cut out."""
+        return Reading(
+            needs="the face box that AffectNet's annotation has of each picture" if provenance.get("distribution") == "csv" else ""
+        )
 
     def expected(self) -> Mapping[str, Mapping[str, int]]:
         """Published numbers, of which those of train include val."""

@@ -19,9 +19,10 @@ from PIL import Image
 from pydantic import Field, field_validator
 
 from bench.data.landmark_table import LandmarkTable
-from bench.data.pictures import decode_picture, landmarks_touch, orient_landmarks
+from bench.data.pictures import decode_picture
+from bench.data.preparation import read_face
 from bench.data.splits import cut_val, hash_sources, mixed
-from bench.dataset import DATASETS, EXPRESSIONS, SPLITS, BadPictureError, Dataset, Face, Item, Rejected
+from bench.dataset import DATASETS, EXPRESSIONS, SPLITS, BadPictureError, Dataset, DatasetOptions, Face, Item, Reading, Rejected
 
 LANDMARKS_NAME = "landmarks.csv"
 _SPLIT_ALIASES = {"valid": "val", "validation": "val", "dev": "val", "training": "train", "testing": "test"}
@@ -110,18 +111,17 @@ class Folder(Dataset):
             BadPictureError: not a picture, damaged, or empty.
             OSError: the file cannot be read at all; that says nothing about the picture, so it stops the work.
         """
-        image, orientation = decode_picture((self.root / item.source).read_bytes())
         landmarks = None
         if self.options.landmarks == "shipped" and (self.root / LANDMARKS_NAME).is_file():
             self._table = self._table or LandmarkTable(self.root / LANDMARKS_NAME)
             landmarks = self._table.points(item.source)
-        if landmarks is not None and self.options.landmark_frame == "stored":
-            height, width = image.shape[:2]
-            landmarks = orient_landmarks(landmarks, orientation=orientation, width=width, height=height)
-        height, width = image.shape[:2]
-        if landmarks is not None and not landmarks_touch(landmarks, width=width, height=height):
-            raise BadPictureError(f"all landmarks lie outside the {width} x {height} picture; are they in pixels of this very file?")
-        return Face(image=image, landmarks=landmarks)
+        return read_face((self.root / item.source).read_bytes(), landmarks, frame=self.options.landmark_frame)
+
+    @classmethod
+    def reading(cls, options: DatasetOptions, provenance: Mapping[str, Any]) -> Reading:  # noqa: ARG003 - what others need
+        """The whole picture, with landmarks in the frame that the options say."""
+        assert isinstance(options, cls.Options)
+        return Reading(landmark_frame=options.landmark_frame)
 
     def rejected(self) -> Sequence[Rejected]:
         """Files in folders of classes that are no pictures, neither by their names nor by their content."""

@@ -32,7 +32,7 @@ from bench.data.alignment import TEMPLATE_NAME, align_face, template_points
 from bench.data.pictures import decode_picture, orient_landmarks
 from bench.data.published import Folds, PublishedDataset, repeated, unsafe_path
 from bench.data.splits import hash_sources, mixed
-from bench.dataset import DATASETS, EXPRESSIONS, BadPictureError, Box, Face, Item
+from bench.dataset import DATASETS, EXPRESSIONS, BadPictureError, Box, DatasetOptions, Face, Item, Reading
 from bench.registry import Default
 
 LIST_NAME = "EmoLabel/list_patition_label.txt"
@@ -197,6 +197,13 @@ class RAFDB(PublishedDataset):
             raise BadPictureError(f"cannot be aligned by its five points: {error}") from None
         box = Box(*template_points(self.options.size, FACE_BOX).ravel().tolist())
         return Face(image=face.image, landmarks=None, box=box, extra=_attributes(lines))
+
+    @classmethod
+    def reading(cls, options: DatasetOptions, provenance: Mapping[str, Any]) -> Reading:  # noqa: ARG003 - what others need
+        """Originals are aligned by their annotated points; the other pictures are taken whole."""
+        if provenance.get("alignment") is None:
+            return Reading()
+        return Reading(aligned=True, needs="the five points that RAF-DB's annotation has of each picture")
 
     # What the list says
 

@@ -24,10 +24,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, field_validator
 
-from bench.data.pictures import decode_picture, landmarks_touch, orient_landmarks
 from bench.data.plausibility import is_one_place
+from bench.data.preparation import read_face
 from bench.data.splits import cut_val, hash_sources, mixed
-from bench.dataset import DATASETS, EXPRESSIONS, SPLITS, BadPictureError, Dataset, Face, Item, Rejected
+from bench.dataset import DATASETS, EXPRESSIONS, SPLITS, Dataset, Face, Item, Rejected
 from bench.registry import did_you_mean
 
 CLASSES_NAME = "classes.txt"
@@ -146,15 +146,9 @@ class WebDatasetShards(Dataset):
         shard, name = _split_source(item.source)
         parts = self._samples(shard)[base_plus_ext(name)[0]]
         with (self.root / shard).open("rb") as file:
-            image, orientation = decode_picture(_data(file, _picture(parts)))
+            picture = _data(file, _picture(parts))
             note = _note(_data(file, parts["json"])) if "json" in parts else {}
-        landmarks = self._landmarks(note)
-        if landmarks is not None:
-            height, width = image.shape[:2]
-            landmarks = orient_landmarks(landmarks, orientation=orientation, width=width, height=height)
-            if not landmarks_touch(landmarks, width=width, height=height):
-                raise BadPictureError(f"all landmarks lie outside the {width} x {height} picture; are they in pixels of this very file?")
-        return Face(image=image, landmarks=landmarks)
+        return read_face(picture, self._landmarks(note), frame="stored")
 
     def rejected(self) -> Sequence[Rejected]:
         """Samples without a picture, without a class, or with one that there is not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +17,7 @@ def explain(
     *,
     checkpoint: Annotated[
         Path,
-        typer.Option(
-            help="Folder of a training, <results>/trainings/<hash>, or of a cell, <results>/cells/.../seed0-<hash>; or a file in it."
-        ),
+        typer.Option(help="Folder of a training, <results>/trainings/<hash>, or of a cell, <results>/cells/.../seed0-<hash>."),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write: new, or empty.", file_okay=False)] = Path("explanations"),
     methods: Annotated[
@@ -39,8 +38,17 @@ def explain(
         bool | None,
         typer.Option(
             "--align/--no-align",
-            help="Turn and cut the face by its landmarks, or keep the whole picture. Default: as the training's pictures were; align where "
-            "the face is searched for.",
+            help="Turn and cut the face by its landmarks, or keep the whole picture. Default: as the training's pictures were; where "
+            "that is not known, align where the face is searched for.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prepared dataset of the training. Needed only where an older version trained: newer ones keep the preparation. "
+            "Default: looked for in data.",
+            file_okay=False,
             show_default=False,
         ),
     ] = None,
@@ -49,13 +57,12 @@ def explain(
 ) -> None:
     """Show what a trained network sees in pictures: prediction, overlays of all maps, and explanation.json with the figures.
 
-    A picture is prepared as those that the network was trained with: to the same size, with the same borders, in the same quality.
-    Exit status 0: all is done, 1: some pictures or maps could not be explained, 2: nothing could be, and nothing is written.
+    Exit status 0: all is done, 1: some pictures or maps could not be explained, 2: nothing could be.
     """
     from rich.console import Console
 
     from bench.registry import load_plugin
-    from bench.reporting.explain import REPORT, Failed, LandmarkSource, choose_readers, find_pictures, open_training
+    from bench.reporting.explain import REPORT, Failed, LandmarkSource, choose_readers, find_pictures, open_training, with_preparation
     from bench.reporting.explain import explain as explain_pictures
     from bench.training.engine import Engine
 
@@ -64,6 +71,11 @@ def explain(
     for plugin in plugins or ():
         load_plugin(plugin)
     restored = open_training(checkpoint)
+    if data is not None:
+        restored = with_preparation(restored, data)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            restored = with_preparation(restored, Path("data"))
     readers = choose_readers(restored.training, [name.strip() for name in (methods or "").split(",") if name.strip()])
     source = LandmarkSource(landmarks, weights=landmark_weights)
     if align and landmarks == "none":
@@ -71,48 +83,44 @@ def explain(
     sources, failed = find_pictures(pictures)
     console = Console()
 
-    def say(line: str, style: str | None = None) -> None:
+    def tell(line: str, style: str | None = None) -> None:
         console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
     for lost in failed:
-        say(f"{lost.path}: {lost.reason}", "red")
-    if restored.preparation is None:
-        say("this training does not say how its pictures were prepared (older version): taken whole, at the usual size", "yellow")
-    done, without_landmarks, spoiled = 0, 0, 0
-    unlike: Counter[str] = Counter()
+        tell(f"{lost.path}: {lost.reason}", "red")
+    explained, unseen, spoiled = 0, 0, 0
+    deviations: Counter[str] = Counter()
     for result in explain_pictures(
         sources,
         restored,
         methods=readers,
         classes=classes or (),
         landmarks=source,
-        # Where a face is searched for, the picture may be a whole photograph, of which the training has seen no like.
-        align=True if align is None and source.finds else align,
+        align=align,
         device=Engine(device="cpu" if device == "cpu" else "auto").device,
         out=out,
         failed=failed,
     ):
         if isinstance(result, Failed):
             failed.append(result)
-            say(f"{result.path}: {result.reason}", "red")
+            tell(f"{result.path}: {result.reason}", "red")
             continue
-        done += 1
-        facts = result.facts
-        without_landmarks += not facts["landmarks"]
-        unlike.update(filter(None, [facts["unlike_training"]]))
-        likely = sorted(facts["probabilities"].items(), key=lambda item: -item[1])[:3]
-        say(f"{result.source.path}: {', '.join(f'{name} {share:.1%}' for name, share in likely)}; {out / result.source.name}")
-        for entry in facts["maps"]:
+        explained += 1
+        unseen += not result.facts["landmarks"]
+        deviations.update([result.facts["deviation"]] if result.facts["deviation"] else [])
+        likely = sorted(result.facts["probabilities"].items(), key=lambda item: -item[1])[:3]
+        tell(f"{result.source.path}: {', '.join(f'{name} {share:.1%}' for name, share in likely)}; {out / result.source.name}")
+        for entry in result.facts["maps"]:
             if "error" in entry:
                 spoiled += 1
-                say(f"{result.source.path}: {entry['method']}, class {entry['class']}: {entry['error']}", "red")
-    if without_landmarks:
-        say(f"without landmarks: {without_landmarks}; no AU map can be drawn", "yellow")
-    for words, count in unlike.items():
-        say(f"not prepared as the training's pictures: {count}: {words}", "yellow")
-    if not done:
-        say("nothing was explained, and nothing is written", "red")
+                tell(f"{result.source.path}: {entry['method']}, class {entry['class']}: {entry['error']}", "red")
+    if not explained:
+        tell("no picture could be explained; nothing is written", "red")
         raise typer.Exit(2)
-    say(f"wrote {out / REPORT}: {', '.join(readers)}", "green")
+    if unseen:
+        tell(f"without landmarks: {unseen}, taken whole as a face crop; no AU map can be drawn", "yellow")
+    for deviation, count in deviations.items():
+        tell(f"not prepared as in training: {count} of {explained}: {deviation}", "yellow")
+    tell(f"wrote {out / REPORT}: {', '.join(readers)}", "green")
     if failed or spoiled:
         raise typer.Exit(1)

@@ -44,7 +44,7 @@ from bench.data.atomic import PARTIAL_SUFFIX, atomic_file, fsync_folder, write_b
 from bench.data.index import INDEX_NAME, REPORT_NAME, BadPicture, Index, Member, Shard, Split, count_classes, hash_keys, load_index
 from bench.data.landmarks import Landmarker, describe_source, open_landmarker
 from bench.data.plausibility import check_plausible
-from bench.data.preparation import store_picture
+from bench.data.preparation import store_face
 from bench.data.verify import verify
 from bench.dataset import DATASETS, EXPRESSION_NAMES, EXPRESSIONS, SPLITS, BadPictureError, Dataset, Face, Item
 from bench.registry import check_options, load_plugin
@@ -670,7 +670,7 @@ def _sample(dataset: Dataset, item: Item, face: Face) -> tuple[bytes, dict[str, 
     landmarks = None if dataset.options.landmarks == "none" else face.landmarks
     if landmarks is not None and (landmarks.shape != (68, 2) or not np.isfinite(landmarks).all()):
         raise RuntimeError(f"{type(dataset).__qualname__}.read returned landmarks of {item.source} that are not 68 finite points")
-    stored = store_picture(face.image, landmarks, size=dataset.options.size, quality=dataset.options.quality)
+    stored = store_face(dataclasses.replace(face, landmarks=landmarks), size=dataset.options.size, quality=dataset.options.quality)
     note = {
         "extra": dict(face.extra),
         "identity": item.identity,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import io
 import itertools
 import math
@@ -24,13 +25,13 @@ from bench.au.maps import action_unit_maps, expression_ids
 from bench.config import EvaluationConfig
 from bench.data.alignment import align_face, carry_over
 from bench.data.atomic import write_bytes_atomic, write_json_atomic
+from bench.data.index import INDEX_NAME, load_index
 from bench.data.landmark_table import LandmarkTable
 from bench.data.landmarks import WEIGHTS, describe_source, open_landmarker
-from bench.data.pictures import decode_picture, orient_landmarks
-from bench.data.preparation import Preparation, store_picture
+from bench.data.preparation import DEFAULT, Preparation, preparation_of, read_face, store_face
 from bench.data.samples import decode_jpeg
 from bench.data.transforms import eval_images, eval_landmarks
-from bench.dataset import BadPictureError
+from bench.dataset import BadPictureError, Face, Frame
 from bench.evaluation.maps import check_finite, map_cosines, min_max, read_maps, upsample
 from bench.matrix import Training
 from bench.method import METHODS, Method, Output
@@ -64,12 +65,12 @@ class Source:
 class _Face:
     source: Source
     image: npt.NDArray[np.uint8]
-    """(size, size, 3), as it would be stored in a shard."""
+    """(S, S, 3), S = the size of the training's stored pictures."""
     landmarks: Points | None
     """(68, 2) in pixels of ``image``."""
     prepared: Prepared
-    unlike: str
-    """In what this differs from what was done to the pictures of the training; empty if in nothing."""
+    deviation: str | None
+    """In what it is prepared otherwise than the training's pictures; None: in nothing."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,18 +91,17 @@ class Failed:
 
 
 def open_training(folder: Path) -> Restored:
-    """The network of a training's folder, or of a cell's: its training lies in the same results folder.
-
-    Args:
-        folder: or a file in it.
+    """The network of a training's folder, or of a cell's: its training lies in the same results folder. A file stands for its folder.
 
     Raises:
         FileNotFoundError: no finished training is there.
         ValueError: see `bench.sweep.restore.restore`, or a record that cannot be read.
     """
     if folder.is_file():
-        holders = (place for place in folder.parents if (place / RECORD).is_file() or (place / TRAINED).is_file())
-        folder = next(holders, folder.parent)
+        place = next((parent for parent in folder.resolve().parents if any((parent / name).is_file() for name in (RECORD, TRAINED))), None)
+        if place is None:
+            raise FileNotFoundError(f"{folder} is a file, and in no training's folder: give the folder <results>/trainings/<hash>")
+        folder = place
     if not (folder / RECORD).is_file():
         return restore(folder)
     try:
@@ -112,6 +112,26 @@ def open_training(folder: Path) -> Restored:
     if cells is None:
         raise FileNotFoundError(f"{folder} lies in no results folder, so its training is not known: give <results>/trainings/<hash>")
     return restore(cells.parent / "trainings" / record.training_key[:16])
+
+
+def with_preparation(restored: Restored, data: Path) -> Restored:
+    """Say how the pictures of an older training were prepared, whose folder does not, by the index of its data.
+
+    Args:
+        restored: the network.
+        data: the prepared dataset, or the folder of several.
+
+    Raises:
+        FileNotFoundError: the dataset of the training is not there.
+    """
+    if restored.preparation is not None:
+        return restored
+    dataset = restored.training.dataset
+    places = [data, *sorted(data.glob(f"{glob.escape(dataset.name)}*"))]
+    for place in places:
+        if (place / INDEX_NAME).is_file() and (index := load_index(place)).fingerprint == dataset.fingerprint:
+            return dataclasses.replace(restored, preparation=preparation_of(index))
+    raise FileNotFoundError(f"--data {data}: the dataset {dataset.name!r} of the training, {dataset.fingerprint[:10]}, is not there")
 
 
 def choose_readers(training: Training, names: Sequence[str] = ()) -> dict[str, Method]:
@@ -187,35 +207,33 @@ class LandmarkSource:
             raise FileNotFoundError(f"--landmarks {source}: no such file; give FILE.csv, {', '.join(WEIGHTS)} or none")
         self._finder = open_landmarker(source, weights=weights) if self.finds else None
 
-    def points(self, path: Path, image: npt.NDArray[np.uint8], *, orientation: int) -> Points | None:
-        """(68, 2) in pixels of the upright ``image``; None if none are known.
+    def face(self, path: Path, *, frame: Frame) -> Face:
+        """The upright picture of a file with its landmarks, as far as they are known.
 
-        A file's rows are looked up by the path relative to the file, and by the bare name.
-
-        Args:
-            path: of the picture.
-            image: its pixels, (height, width, 3), upright.
-            orientation: by which the coordinates of a file's row are turned, 1 to 8 (EXIF); 1 where they count upright pixels.
+        A table's rows are looked up by the path relative to the table, and by the bare name; ``frame`` says what pixels they count.
 
         Raises:
-            BadPictureError: a face was searched for, and not found; or the row cannot be used.
+            BadPictureError: no picture; a face was searched for, and not found; or the row cannot be used.
+            OSError: the file cannot be read.
         """
-        if self._finder is not None:
-            (points,) = self._finder.find([image], [None])
-            if points is None:
-                raise BadPictureError("no face was found in it; with --landmarks none the picture itself is taken as a face")
-            return points
+        face = read_face(path.read_bytes(), self._row(path), frame=frame)
+        if self._finder is None:
+            return face
+        (points,) = self._finder.find([face.image], [None])
+        if points is None:
+            raise BadPictureError("no face was found in it; with --landmarks none the picture itself is taken as a face")
+        return dataclasses.replace(face, landmarks=points)
+
+    def _row(self, path: Path) -> Points | None:
         if self._table is None:
             return None
         names = [path.name]
         with contextlib.suppress(ValueError):
             names.insert(0, path.resolve().relative_to(self._table.path.resolve().parent).as_posix())
         try:
-            points = next((self._table.points(name) for name in names if name in self._table), None)
+            return next((self._table.points(name) for name in names if name in self._table), None)
         except ValueError as error:
             raise BadPictureError(str(error)) from error
-        height, width = image.shape[:2]
-        return None if points is None else orient_landmarks(points, orientation=orientation, width=width, height=height)
 
 
 def five_points(landmarks: Points) -> Points:
@@ -223,47 +241,50 @@ def five_points(landmarks: Points) -> Points:
     return np.stack([landmarks[36:42].mean(axis=0), landmarks[42:48].mean(axis=0), landmarks[30], landmarks[48], landmarks[54]])
 
 
-def prepare_face(source: Source, landmarks: LandmarkSource, *, preparation: Preparation, align: bool | None) -> _Face:
-    """Read a picture and bring its face to the square that preparing a dataset would store.
+def prepare_face(source: Source, landmarks: LandmarkSource, *, preparation: Preparation | None, align: bool | None) -> _Face:
+    """Read a picture and bring its face to the stored pixels, as `bench.data.pack` does with the training's pictures.
 
     Args:
         source: the picture.
         landmarks: where they come from.
-        preparation: of the training's pictures.
-        align: turn, scale and cut by the landmarks (True), or keep the whole picture with black borders (False); None: as the training's
-            pictures were. Where there are no landmarks the whole picture is kept.
+        preparation: of the training's pictures; None where it is not known: then the default options are assumed.
+        align: where there are landmarks, turn, scale and cut by them; else the whole picture is kept, with black borders. None: as the
+            training's pictures were; where that is not known, align where the face is searched for.
 
     Raises:
         BadPictureError: it is no picture, or its landmarks cannot be used.
         OSError: it cannot be read.
     """
-    image, orientation = decode_picture(source.path.read_bytes())
-    points = landmarks.points(source.path, image, orientation=orientation if preparation.landmark_frame == "stored" else 1)
-    aligned = (preparation.alignment is not None) if align is None else align
-    aligned = aligned and points is not None
-    if aligned:
-        assert points is not None
+    how = preparation or DEFAULT
+    face = landmarks.face(source.path, frame=how.landmark_frame)
+    if align is None:
+        align = landmarks.finds if preparation is None else preparation.aligned
+    prepared: Prepared = "letterboxed"
+    if align and face.landmarks is not None:
         try:
-            image, matrix = align_face(image, five_points(points), size=preparation.size)
+            aligned = align_face(face.image, five_points(face.landmarks), size=how.size)
         except ValueError as error:
             raise BadPictureError(f"cannot be aligned by its landmarks: {error}") from error
-        points = carry_over(points, matrix)
-    stored = store_picture(image, points, size=preparation.size, quality=preparation.quality)
-    return _Face(
-        source=source,
-        image=decode_jpeg(stored.jpg).permute(1, 2, 0).numpy(),
-        landmarks=stored.landmarks,
-        prepared="aligned" if aligned else "letterboxed",
-        unlike=_unlike(preparation, aligned=aligned),
-    )
+        face = Face(image=aligned.image, landmarks=carry_over(face.landmarks, aligned.matrix))
+        prepared = "aligned"
+    stored = store_face(face, size=how.size, quality=how.quality)
+    image = decode_jpeg(stored.jpg).permute(1, 2, 0).numpy()
+    deviation = _deviation(preparation, prepared=prepared)
+    return _Face(source=source, image=image, landmarks=stored.landmarks, prepared=prepared, deviation=deviation)
 
 
-def _unlike(preparation: Preparation, *, aligned: bool) -> str:
-    if preparation.alignment is None:
-        return "aligned by its landmarks; the training's pictures were kept whole" if aligned else ""
-    if aligned:
-        return "aligned by the means of its 68 landmarks; the training's pictures by five points that people have set"
-    return f"kept whole; the training's pictures were aligned ({preparation.alignment})"
+def _deviation(preparation: Preparation | None, *, prepared: Prepared) -> str | None:
+    """In what a picture is prepared otherwise than those of the training, in words; None: in nothing."""
+    if preparation is None:
+        return (
+            f"how the training's pictures were prepared is not known; assumed: {DEFAULT.size} x {DEFAULT.size} pixels, "
+            f"JPEG quality {DEFAULT.quality}, {prepared}"
+        )
+    if preparation.needs:
+        return f"the training's pictures ({preparation.entry}) are prepared with {preparation.needs}; this one is {prepared} without"
+    if (prepared == "aligned") != preparation.aligned:
+        return f"the training's pictures are {'aligned' if preparation.aligned else 'letterboxed'}; this one is {prepared}"
+    return None
 
 
 def explain(
@@ -280,6 +301,8 @@ def explain(
 ) -> Iterator[Explained | Failed]:
     """Explain pictures one after the other, and write what is seen: ``<out>/<name>/*.png``, and at the end ``<out>/explanation.json``.
 
+    Where no picture can be explained, nothing is written.
+
     Args:
         sources: the pictures.
         restored: the network.
@@ -288,7 +311,7 @@ def explain(
         landmarks: where they come from.
         align: see `prepare_face`.
         device: to compute on.
-        out: a folder that is empty, or is not there yet. It is made with the first picture: if none can be explained, nothing is written.
+        out: a folder that is empty, or is not there yet.
         failed: what could not be explained before, for the report.
 
     Yields:
@@ -310,7 +333,7 @@ def explain(
         faces: list[_Face] = []
         for source in sources[start : start + BATCH]:
             try:
-                faces.append(prepare_face(source, landmarks, preparation=network.preparation, align=align))
+                faces.append(prepare_face(source, landmarks, preparation=restored.preparation, align=align))
             except (BadPictureError, OSError) as error:
                 lost.append(Failed(path=source.path, reason=str(error)))
                 yield lost[-1]
@@ -335,7 +358,7 @@ def explain(
         "classes": list(restored.classes),
         "methods": {name: method.options.model_dump(mode="json") for name, method in methods.items()},
         "landmarks": landmarks.facts,
-        "preparation": {"known": restored.preparation is not None, **network.preparation.model_dump(mode="json")},
+        "preparation": None if restored.preparation is None else restored.preparation.model_dump(mode="json"),
         "au_maps": network.au_variant,
         "pictures": [explained.facts for explained in done],
         "failed": [{"picture": str(failure.path), "reason": failure.reason} for failure in lost],
@@ -351,7 +374,6 @@ class _Network:
         self.classifier = restored.classifier.to(device)
         self.methods = methods
         self.device = device
-        self.preparation = restored.preparation or Preparation()
         self.size = int(restored.training.settings["images"]["size"])
         self.au_variant = EvaluationConfig().au_maps
 
@@ -379,7 +401,7 @@ class _Network:
     def _look(self, output: Output, faces: Sequence[_Face], labels: Tensor) -> _Look:
         missing = np.full((68, 2), np.nan)
         points = torch.from_numpy(np.stack([missing if face.landmarks is None else face.landmarks for face in faces])).float()
-        points = eval_landmarks(points.to(self.device), stored=self.preparation.size, size=REFERENCE_FRAME)
+        points = eval_landmarks(points.to(self.device), stored=len(faces[0].image), size=REFERENCE_FRAME)
         expressions = expression_ids(self.classes).to(self.device)[labels]
         au = action_unit_maps(points, expressions, frame=REFERENCE_FRAME, size=self.size, variant=self.au_variant)
         return _Look(
@@ -392,7 +414,7 @@ class _Network:
     def _write(self, face: _Face, i: int, looks: Mapping[int, _Look], shares: Sequence[float], *, out: Path) -> Explained:
         folder = out / face.source.name
         folder.mkdir(parents=True)
-        side = self.preparation.size
+        side = len(face.image)
         picture = Image.fromarray(face.image)
         _write_png(folder / "face.png", picture)
         maps: list[dict[str, Any]] = []
@@ -418,7 +440,8 @@ class _Network:
                 "picture": str(face.source.path),
                 "folder": face.source.name,
                 "face": face.prepared,
-                "unlike_training": face.unlike,
+                "as_trained": face.deviation is None,
+                "deviation": face.deviation,
                 "landmarks": face.landmarks is not None,
                 "prediction": self.classes[prediction],
                 "probabilities": dict(zip(self.classes, shares, strict=True)),

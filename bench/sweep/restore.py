@@ -7,11 +7,11 @@ import logging
 from pathlib import Path
 
 from bench.backbone import BACKBONES
-from bench.data.preparation import Preparation
+from bench.data.preparation import Preparation, read_preparation
 from bench.matrix import DatasetRef, Training
 from bench.method import METHODS, Classifier
 from bench.registry import foreign_code
-from bench.training.trainer import load_trained, read_trained
+from bench.training.trainer import TRAINED, load_trained, read_trained
 
 _log = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ class Restored:
     classes: tuple[str, ...]
     classifier: Classifier
     """With its selected weights, in eval mode, on the CPU."""
-    preparation: Preparation | None
-    """How the pictures it was trained with were prepared; None for trainings of older versions, which do not say."""
+    preparation: Preparation | None = None
+    """Of the pictures that it was trained on; None where an older version wrote the folder, which did not say."""
 
 
 def restore(folder: Path) -> Restored:
@@ -65,5 +65,5 @@ def restore(folder: Path) -> Restored:
         training=training,
         classes=classes,
         classifier=load_trained(training, folder, num_classes=len(classes)),
-        preparation=Preparation.model_validate(trained["preparation"]) if trained.get("preparation") else None,
+        preparation=read_preparation(trained, path=folder / TRAINED),
     )

@@ -20,7 +20,7 @@ from bench.backbone import BACKBONES
 from bench.config import Settings
 from bench.data.batch import Reader
 from bench.data.index import Index, hash_keys
-from bench.data.preparation import Preparation
+from bench.data.preparation import preparation_of
 from bench.data.readers import open_reader
 from bench.evaluation.evaluator import Evaluated, Unusable, accuracy, count_macs, evaluate
 from bench.evaluation.measures import choice_of
@@ -299,7 +299,7 @@ class _Sweep:
                     observer=observer,
                     checkpoint_minutes=config.train.checkpoint_minutes,
                     hold=self._lease,
-                    preparation=Preparation.of(source.index).model_dump(mode="json"),
+                    preparation=preparation_of(source.index),
                 )
             with engine.together():
                 classifier = load_trained(training, folder, num_classes=len(source.index.classes)).to(engine.device)

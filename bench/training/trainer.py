@@ -18,6 +18,7 @@ from bench.au.maps import expression_ids
 from bench.config import AugmentConfig, TrainConfig
 from bench.data.atomic import write_json_atomic
 from bench.data.batch import RawBatch, Reader
+from bench.data.preparation import Preparation
 from bench.data.transforms import train_batch
 from bench.draws import drawing
 from bench.matrix import Training, digest
@@ -92,7 +93,7 @@ def train(
     observer: Observer,
     checkpoint_minutes: float,
     hold: Hold | None = None,
-    preparation: Mapping[str, Any] | None = None,
+    preparation: Preparation | None = None,
 ) -> dict[str, Any]:
     """Train to the end, from the newest checkpoint in ``folder`` if there is one.
 
@@ -105,7 +106,7 @@ def train(
         observer: told of progress on the main process.
         checkpoint_minutes: longest time between checkpoints.
         hold: the main process's right to work in ``folder``; None where nobody else can.
-        preparation: of the pictures, for ``trained.json``: whoever shows the network others prepares them in the same way.
+        preparation: how the pictures were prepared, for those who bring pictures of their own later. No part of the training's key.
 
     Returns:
         The content of ``trained.json``.
@@ -182,11 +183,11 @@ class _Trainer:
         observer: Observer,
         checkpoint_minutes: float,
         hold: Hold,
-        preparation: Mapping[str, Any] | None,
+        preparation: Preparation | None,
     ) -> None:
         self.training = training
-        self.hold = hold
         self.preparation = preparation
+        self.hold = hold
         self.folder = folder
         self.reader = reader
         self.select = select
@@ -495,7 +496,7 @@ class _Trainer:
             "identity": self.training.identity,
             "dataset": {"name": self.training.dataset.name, "entry": self.training.dataset.entry},
             "classes": list(self.reader.classes),
-            "preparation": self.preparation,
+            **({"preparation": self.preparation.model_dump(mode="json")} if self.preparation else {}),
             "best": progress.best,
             "epochs": progress.epochs,
             "losses": progress.losses,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import tarfile
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from bench.config import load_settings
 from bench.data.alignment import template_points
+from bench.data.index import load_index
 from bench.data.landmark_table import LANDMARKS_HEADER
 from bench.data.pack import prepare
 from bench.data.pictures import encode_jpeg
@@ -31,11 +33,12 @@ from bench.reporting.explain import (
     five_points,
     open_training,
     prepare_face,
+    with_preparation,
 )
 from bench.sweep.datasets import prepare_missing
 from bench.sweep.plan import make_plan
 from bench.sweep.run import run_plan
-from bench.sweep.store import read_cell_rows, read_records
+from bench.sweep.store import read_records
 from bench.training.engine import Engine
 from bench.training.observer import LogObserver
 
@@ -175,24 +178,24 @@ def test_all_methods_that_can_read_a_training_do(training):
 
 def test_the_prediction_is_that_of_the_evaluation_of_the_same_pixels(training, test_split, tmp_path):
     restored = open_training(training)
-    Image.fromarray(test_split.images[0].permute(1, 2, 0).numpy()).save(tmp_path / "face.png")
+    pixels = test_split.images[0].permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(tmp_path / "face.png")
+    stored = decode_jpeg(encode_jpeg(pixels, quality=95))[None]
     sources, _ = find_pictures([tmp_path / "face.png"])
     methods = choose_readers(restored.training, ["cam"])
     source, out = LandmarkSource("none"), tmp_path / "out"
     (one,) = explain(sources, restored, methods=methods, landmarks=source, align=False, device=torch.device("cpu"), out=out)
     mean, std = restored.classifier.backbone.mean, restored.classifier.backbone.std
     with torch.inference_mode():
-        again = decode_jpeg(encode_jpeg(test_split.images[0].permute(1, 2, 0).numpy(), quality=95))[None]
-        expected = restored.classifier(eval_images(again, size=32, mean=mean, std=std)).logits.double().softmax(1)[0]
+        expected = restored.classifier(eval_images(stored, size=32, mean=mean, std=std)).logits.double().softmax(1)[0]
     np.testing.assert_allclose(list(one.facts["probabilities"].values()), expected, atol=1e-6)
 
 
 def test_an_aligned_face_lies_on_the_template(faces):
-    source = Source(path=faces / "one.png", name="one")
-    face = prepare_face(source, LandmarkSource(str(faces / "landmarks.csv")), preparation=Preparation(), align=True)
+    source = LandmarkSource(str(faces / "landmarks.csv"))
+    face = prepare_face(Source(path=faces / "one.png", name="one"), source, preparation=None, align=True)
     assert face.prepared == "aligned"
     assert np.abs(five_points(face.landmarks) - template_points(256)).mean() < 0.05 * 256
-    assert face.unlike.startswith("aligned by its landmarks; the training's pictures were kept whole")
 
 
 def test_a_picture_without_a_row_has_no_landmarks_and_one_with_a_bad_row_cannot_be_explained(faces):
@@ -200,9 +203,10 @@ def test_a_picture_without_a_row_has_no_landmarks_and_one_with_a_bad_row_cannot_
     table.write_text(table.read_text().replace("two.png,", "two.png,oops"))
     source = LandmarkSource(str(table))
     (faces / "three.png").write_bytes((faces / "one.png").read_bytes())
-    assert prepare_face(Source(path=faces / "three.png", name="three"), source, preparation=Preparation(), align=None).landmarks is None
+    face = prepare_face(Source(path=faces / "three.png", name="three"), source, preparation=None, align=False)
+    assert face.landmarks is None
     with pytest.raises(BadPictureError, match=r"line 3 \(two\.png\)"):
-        prepare_face(Source(path=faces / "two.png", name="two"), source, preparation=Preparation(), align=None)
+        prepare_face(Source(path=faces / "two.png", name="two"), source, preparation=None, align=False)
 
 
 def test_pictures_of_one_name_get_folders_of_their_own_and_no_name_leads_elsewhere(tmp_path):
@@ -214,18 +218,148 @@ def test_pictures_of_one_name_get_folders_of_their_own_and_no_name_leads_elsewhe
     assert [one.reason for one in failed] == ["no such file or folder"]
 
 
-def test_where_nothing_is_explained_nothing_is_written_and_the_status_says_so(bench_here, tmp_path, training, faces):
-    done = bench_here("explain", tmp_path / "fasces", "--checkpoint", training, cwd=tmp_path)
+def test_where_nothing_is_explained_nothing_is_written_and_the_status_is_2(bench_here, tmp_path, training):
+    done = bench_here("explain", tmp_path / "typo.png", "--checkpoint", training, cwd=tmp_path)
     assert done.returncode == 2
-    assert "no such file or folder" in done.stdout
-    assert "nothing was explained, and nothing is written" in done.stdout
+    assert "wrote" not in done.stdout
     assert not (tmp_path / "explanations").exists()
 
 
 def test_a_file_of_a_training_stands_for_its_folder(training):
-    (weights,) = training.glob("best/*/model.safetensors")
-    for file in (training / "trained.json", weights):
-        assert open_training(file).training.key == open_training(training).training.key
+    key = open_training(training).training.key
+    weights = next(path for path in (training / "best").rglob("*") if path.is_file())
+    assert {open_training(file).training.key for file in (training / "trained.json", weights)} == {key}
+
+
+def test_the_record_of_a_cell_stands_for_its_folder(results, training):
+    ((cell, _),) = read_records(results)
+    assert open_training(cell / "record.json").training.key == open_training(training).training.key
+
+
+def test_a_file_in_no_training_is_refused_with_what_to_give(tmp_path):
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(FileNotFoundError, match="give the folder <results>/trainings/<hash>"):
+        open_training(tmp_path / "weights.bin")
+
+
+def test_a_training_keeps_how_its_pictures_were_prepared(training):
+    preparation = open_training(training).preparation
+    assert (preparation.entry, preparation.size, preparation.quality, preparation.needs) == ("synthetic", 36, 95, "")
+
+
+@pytest.fixture
+def older(training, tmp_path):
+    """A training's folder of a version that did not keep the preparation."""
+    folder = shutil.copytree(training, tmp_path / "trainings" / training.name)
+    trained = json.loads((folder / "trained.json").read_text())
+    del trained["preparation"]
+    (folder / "trained.json").write_text(json.dumps(trained))
+    return folder
+
+
+def test_an_older_training_takes_the_preparation_from_its_data(older, training, data_root):
+    restored = open_training(older)
+    assert restored.preparation is None
+    assert with_preparation(restored, data_root).preparation == open_training(training).preparation
+
+
+def test_an_older_training_without_its_data_says_what_is_assumed(bench_here, tmp_path, older, faces):
+    done = bench_here("explain", faces / "one.png", "--checkpoint", older, "--methods", "cam", cwd=tmp_path)
+    assert "is not known; assumed: 256 x 256 pixels, JPEG quality 95, letterboxed" in " ".join(done.stdout.split())
+    (picture,) = report(tmp_path / "explanations")["pictures"]
+    assert not picture["as_trained"]
+
+
+def test_data_that_is_not_the_trainings_is_refused(older, tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        with_preparation(open_training(older), tmp_path)
+
+
+def test_a_preparation_that_needs_an_annotation_is_named(faces):
+    needy = Preparation(entry="rafdb", size=64, quality=95, aligned=True, needs="the five points")
+    face = prepare_face(Source(path=faces / "one.png", name="one"), LandmarkSource("none"), preparation=needy, align=None)
+    assert face.image.shape == (64, 64, 3)
+    assert "prepared with the five points" in face.deviation
+
+
+@pytest.mark.parametrize(("align", "prepared"), [(None, "letterboxed"), (False, "letterboxed"), (True, "aligned")])
+def test_a_flag_overrides_the_preparation_of_the_training_and_the_report_says_so(faces, align, prepared):
+    whole = Preparation(entry="folder", size=48, quality=95)
+    source = LandmarkSource(str(faces / "landmarks.csv"))
+    face = prepare_face(Source(path=faces / "one.png", name="one"), source, preparation=whole, align=align)
+    assert face.prepared == prepared
+    assert (face.deviation is None) == (prepared == "letterboxed")
+
+
+LAYOUTS = {
+    "tall": ({}, {}),
+    "wide": ({}, {}),
+    "small": ({"size": 48, "quality": 60}, {}),
+    "landmarks": ({}, {}),
+    "stored": ({"landmark_frame": "stored"}, {ExifTags.Base.Orientation: 6}),
+    "upright": ({"landmark_frame": "upright"}, {ExifTags.Base.Orientation: 6}),
+}
+"""Name of a raw folder -> options of the dataset, EXIF entries of its pictures."""
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """Raw folders of all `LAYOUTS`, and the results of one training on each."""
+    home = tmp_path_factory.mktemp("layouts")
+    sides = {"tall": (30, 61), "wide": (70, 33)}
+    for name, (options, exif_entries) in LAYOUTS.items():
+        rows = [",".join(LANDMARKS_HEADER)]
+        exif = Image.Exif()
+        exif.update(exif_entries)
+        for number, split in enumerate(["train"] * 8 + ["test"] * 3):
+            for label in ("happiness", "anger"):
+                source = f"{split}/{label}/{number}.jpg"
+                random = np.random.default_rng([number, label == "anger", len(name)])
+                (home / name / source).parent.mkdir(parents=True, exist_ok=True)
+                noise = Image.fromarray(random.integers(0, 256, (9, 7, 3), dtype=np.uint8))
+                noise.resize(sides.get(name, (44, 52)), Image.Resampling.BICUBIC).save(home / name / source, exif=exif)
+                rows.append(",".join([source, *(f"{value:.2f}" for value in random.uniform(5, 30, 136))]))
+        if name not in sides:
+            (home / name / "landmarks.csv").write_text("\n".join(rows))
+        prepare("folder", name=name, options=options, raw=home / name, out=home / "data" / name, workers=1)
+    flags = {key: value for key, value in SETTINGS.items() if not key.startswith("datasets.")}
+    flags |= {"run.datasets": list(LAYOUTS), "train.batch_size": 6, "run.results": home / "results", "run.data": home / "data"}
+    settings = load_settings(environ={}, flags=flags)
+    outcome = run_plan(make_plan(settings), engine=Engine(train=settings.config.train, device="cpu"), observer=LogObserver())
+    assert not outcome.failed
+    return home
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_probabilities_of_a_file_are_those_of_its_evaluation(layouts, tmp_path, name):
+    (cell,) = (folder for folder, record in read_records(layouts / "results") if record.cell.dataset == name)
+    rows = pq.read_table(cell / "samples.parquet").to_pylist()
+    evaluated = {row["key"]: torch.tensor(row["logits"]).double().softmax(0).numpy() for row in rows}
+    keys = {}
+    for shard in load_index(layouts / "data" / name).splits["test"].shards:
+        data = (layouts / "data" / name / shard.name).read_bytes()
+        for member in shard.members:
+            note = json.loads(data[member.json_offset : member.json_offset + member.json_bytes])
+            keys[note["source"]] = member.key
+    sources, _ = find_pictures([layouts / name / "test"])
+    restored = open_training(cell)
+    table = layouts / name / "landmarks.csv"
+    results = list(
+        explain(
+            sources,
+            restored,
+            methods=choose_readers(restored.training, ["cam"]),
+            landmarks=LandmarkSource(str(table) if table.exists() else "none"),
+            align=None,
+            device=torch.device("cpu"),
+            out=tmp_path / "out",
+        )
+    )
+    assert len(results) == len(keys) == 6
+    for result in results:
+        key = keys[result.source.path.relative_to(layouts / name).as_posix()]
+        assert result.facts["as_trained"]
+        np.testing.assert_allclose(list(result.facts["probabilities"].values()), evaluated[key], atol=1e-5)
 
 
 def test_a_map_of_nan_is_an_error_of_that_map(training, test_split, tmp_path):
@@ -238,67 +372,3 @@ def test_a_map_of_nan_is_an_error_of_that_map(training, test_split, tmp_path):
     settings = {"landmarks": LandmarkSource("none"), "align": None, "device": torch.device("cpu"), "out": tmp_path / "out"}
     (result,) = explain(sources, restored, methods=methods, **settings)
     assert [entry.get("error") for entry in result.facts["maps"]] == [None, "the map holds NaN or infinite values"]
-
-
-def shapes(split):
-    """Faces as people have them: tall, wide, turned by EXIF; with landmarks of the upright picture."""
-    for number, (image, points) in enumerate(zip(split.images, split.landmarks, strict=True)):
-        face = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((80, 80))
-        points = (points.double().numpy() + 0.5) * 80 / 36 - 0.5
-        size, at = [((80, 144), (0, 20)), ((150, 80), (40, 0)), ((80, 80), (0, 0))][number % 3]
-        picture = Image.new("RGB", size, (90, 110, 140))
-        picture.paste(face, at)
-        yield int(split.labels[number]), picture, points + np.array(at), number % 2 == 1
-
-
-def write_folder(root, split, *, landmarks, classes):
-    rows = [",".join(LANDMARKS_HEADER)]
-    for number, (label, picture, points, turned) in enumerate(shapes(split)):
-        for part in ("train", "test"):
-            file = root / part / classes[label] / f"{number:03d}.jpg"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            exif = Image.Exif()
-            if turned:
-                exif[0x0112] = 6  # the file is to be turned clockwise
-            stored = picture.transpose(Image.Transpose.ROTATE_90) if turned else picture
-            moved = np.stack([points[:, 1], picture.width - 1 - points[:, 0]], axis=1) if turned and landmarks == "stored" else points
-            stored.save(file, quality=97, exif=exif)
-            rows.append(",".join([file.relative_to(root).as_posix(), *(f"{value:.3f}" for value in moved.ravel())]))
-    if landmarks != "none":
-        (root / "landmarks.csv").write_text("\n".join(rows) + "\n")
-
-
-@pytest.mark.parametrize(
-    ("landmarks", "options"),
-    [("none", {}), ("stored", {"size": 48}), ("upright", {"size": 64, "quality": 60, "landmark_frame": "upright"})],
-    ids=["whole pictures", "small", "turned, of low quality"],
-)
-def test_the_network_sees_what_was_evaluated(test_split, tmp_path, monkeypatch, bench_here, landmarks, options):
-    classes = ("neutral", "happiness", "surprise", "fear", "anger", "disgust", "sadness")
-    write_folder(tmp_path / "raw", test_split, landmarks=landmarks, classes=classes)
-    prepare("folder", name="f", options=options | {"val_fraction": 0.3}, raw=tmp_path / "raw", out=tmp_path / "data" / "f", workers=1)
-    monkeypatch.chdir(tmp_path)
-    flags = {**SETTINGS, "run.results": tmp_path / "r", "run.data": tmp_path / "data", "run.datasets": ["f"], "train.batch_size": 4}
-    settings = load_settings(environ={}, flags=flags)
-    assert not run_plan(make_plan(settings), engine=Engine(train=settings.config.train, device="cpu"), observer=LogObserver()).failed
-    ((cell, _),) = read_records(tmp_path / "r")
-    source = ["--landmarks", tmp_path / "raw" / "landmarks.csv"] if landmarks != "none" else []
-    done = bench_here("explain", "raw/test", "--checkpoint", cell, "--methods", "cam", "--out", "e", *source, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = read_cell_rows(cell)
-    reader = open_reader(tmp_path / "data" / "f", "test")
-    logits = dict(zip(rows.keys, rows.logits, strict=True))
-    expected = {sample_source(tmp_path / "data" / "f", key): logits[key] for key in reader.keys}
-    assert len(expected) == len(report(tmp_path / "e")["pictures"]) == 27
-    for picture in report(tmp_path / "e")["pictures"]:
-        z = expected[Path(picture["picture"]).relative_to("raw").as_posix()].astype(np.float64)
-        wanted = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
-        np.testing.assert_allclose(list(picture["probabilities"].values()), wanted, atol=1e-5)
-
-
-def sample_source(folder, key):
-    for shard in folder.glob("test-*.tar"):
-        with tarfile.open(shard) as tar:
-            if f"{key}.json" in tar.getnames():
-                return json.loads(tar.extractfile(f"{key}.json").read())["source"]
-    raise KeyError(key)
