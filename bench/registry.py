@@ -295,16 +295,27 @@ def load_plugin(target: str) -> None:
         raise ValueError(f"--plugin {target}: {error}. Give an importable module, or a path that ends in .py") from error
 
 
+def _written(target: type) -> type:
+    """The class that somebody has written: a member of a family is made by calling a metaclass, in whose module it then lies."""
+    return next(cls for cls in target.__mro__ if cls.__module__ != "abc")
+
+
+def is_foreign(target: type) -> bool:
+    """Whether an entry does not come with this program."""
+    return _written(target).__module__.partition(".")[0] != __name__.partition(".")[0]
+
+
 def foreign_code(target: type) -> str | None:
     """sha256 of the code of an entry that does not come with this program; None for ours, and for what has no file (a notebook's cell).
 
     The code is the file that defines it; where that lies in a package, all Python files of the package's folder, by name. It is read once a
     process: what was imported is what was there then.
     """
-    if target.__module__.partition(".")[0] == __name__.partition(".")[0]:
+    owner = _written(target)
+    if not is_foreign(target):
         return None
     try:
-        path = Path(inspect.getfile(target)).resolve()
+        path = Path(inspect.getfile(owner)).resolve()
     except (OSError, TypeError):
         return None
     return _code_hash(path)

@@ -5,7 +5,7 @@ import textwrap
 import pytest
 
 from bench.method import METHODS, Method
-from bench.registry import EntryInfo, EntryOptions, Registry, UnknownEntryError, load_plugin
+from bench.registry import EntryInfo, EntryOptions, Registry, UnknownEntryError, foreign_code, is_foreign, load_plugin
 
 
 class Thing:
@@ -123,3 +123,14 @@ def test_a_plugin_that_fails_is_an_error_that_names_it(tmp_path):
     path.write_text("1 / 0")
     with pytest.raises(ValueError, match=r"broken\.py: ZeroDivisionError"):
         load_plugin(str(path))
+
+
+def test_entries_of_the_program_and_members_of_its_families_are_not_foreign():
+    from bench.backbone import BACKBONES
+    from bench.method import METHODS
+
+    for entry in (*METHODS, *BACKBONES, BACKBONES.get("timm:test_resnet"), BACKBONES.get("timm:test_vit")):
+        if entry.target.__module__.partition(".")[0] in ("bench", "abc"):
+            assert not is_foreign(entry.target)
+            assert foreign_code(entry.target) is None
+    assert is_foreign(pytest.Item)

@@ -24,7 +24,7 @@ from bench.backbone import BACKBONES
 from bench.dataset import DATASETS
 from bench.matrix import Cell, DatasetRef, Training
 from bench.method import METHODS
-from bench.registry import foreign_code
+from bench.registry import foreign_code, is_foreign
 from bench.training.environment import arithmetic
 
 SCHEMA: Final = 4
@@ -268,7 +268,7 @@ def foreign_entries(cells: Iterable[Cell]) -> dict[str, str | None]:
         used[f"backbone {training.backbone}"] = BACKBONES.get(training.backbone).target
         if training.dataset.entry in DATASETS:
             used[f"dataset {training.dataset.entry}"] = DATASETS.get(training.dataset.entry).target
-    return {name: foreign_code(target) for name, target in sorted(used.items()) if target.__module__.partition(".")[0] != bench.__name__}
+    return {name: foreign_code(target) for name, target in sorted(used.items()) if is_foreign(target)}
 
 
 def _source_hash() -> str:
