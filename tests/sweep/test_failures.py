@@ -237,7 +237,7 @@ from bench.methods.cam import CAM
 class Rank(CAM):
     calls = 0
     def mix(self, batch):
-        Rank.calls += 1
+        Rank.calls += len(batch) > 2  # not in the trial of the plan
         if os.environ.get("RANK") == "1" and Rank.calls == 6:
             raise RuntimeError("only here")
         return batch
@@ -245,7 +245,7 @@ class Rank(CAM):
 @METHODS.register("nan-test", title="NaN", kind="trained")
 class NaN(CAM):
     def loss(self, output, batch):
-        return super().loss(output, batch) * float("nan")
+        return super().loss(output, batch) * (float("nan") if len(batch) > 2 else 1)
 """
 
 

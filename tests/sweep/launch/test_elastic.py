@@ -32,13 +32,15 @@ from bench.methods.cam import CAM
 @METHODS.register("broken", title="Broken", paper="-", year=2020, doi="-", kind="trained", in_all=False)
 class Broken(CAM):
     def loss(self, output, batch):
+        if len(batch) == 2:  # the trial of the plan
+            return super().loss(output, batch)
         raise RuntimeError("this method cannot be trained")
 
 
 @METHODS.register("odd", title="Odd", paper="-", year=2020, doi="-", kind="trained", in_all=False)
 class Odd(CAM):
     def loss(self, output, batch):
-        if os.environ["RANK"] == "1":
+        if os.environ.get("RANK") == "1" and len(batch) > 2:
             raise RuntimeError("only here")
         return super().loss(output, batch)
 """
