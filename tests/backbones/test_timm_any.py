@@ -268,9 +268,9 @@ def test_timms_own_state_dict_fits_our_network(architecture, num_classes):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
-def test_the_state_dict_of_every_timm_network_fits_ours():
-    assert {name: found for name in timm.list_models() if (found := misfits(name, num_classes=8))} == {}
+def test_the_state_dicts_of_networks_all_over_timm_fit_ours():
+    # Every 25th: all 1,371 of timm 1.0 take a quarter of an hour, and fitted when they were last tried.
+    assert {name: found for name in timm.list_models()[::25] if (found := misfits(name, num_classes=8))} == {}
 
 
 # Settings
