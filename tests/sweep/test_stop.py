@@ -119,6 +119,7 @@ def run_code(code):
 import hashlib, os, signal, threading, time
 from bench.training import interruption
 interruption.SAME_REQUEST_S = 0.1
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell has started all this in the background
 stop = interruption.StopRequest()
 """
     done = subprocess.run([sys.executable, "-P", "-c", head + code], capture_output=True, text=True, timeout=300, check=False, cwd="/")
