@@ -79,12 +79,9 @@ class BlankMaps:
     @property
     def mark(self) -> str:
         """Beside a row, ``[12 of 770 maps constant]``; empty where there is none."""
-        counts = [f"{count} of {self.samples} maps {what}" for count, what in self._kinds if count]
+        kinds = {"constant": self.constant, "not finite": self.not_finite}
+        counts = [f"{count} of {self.samples} maps {what}" for what, count in kinds.items() if count]
         return f"[{', '.join(counts)}]" if counts else ""
-
-    @property
-    def _kinds(self) -> tuple[tuple[int, str], ...]:
-        return (self.constant, "constant"), (self.not_finite, "not finite")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,12 +188,14 @@ _T = TypeVar("_T")
 
 def latest_code(found: Iterable[_T], record_of: Callable[[_T], Record]) -> tuple[list[_T], list[_T]]:
     """Records of entries that do not come with this program, and were changed: those of the code that ran last, and the others."""
+    holders = list(found)
+    if not any(record_of(holder).keyed_code for holder in holders):  # most tables: no key need be computed
+        return holders, []
     kept: list[_T] = []
     outdated: list[_T] = []
     same: dict[str, list[_T]] = {}
-    for holder in found:
-        record = record_of(holder)
-        cell = record.as_cell
+    for holder in holders:
+        cell = record_of(holder).as_cell
         bare = dataclasses.replace(cell, code={}, training=dataclasses.replace(cell.training, code={}, seed=0))
         same.setdefault(bare.key, []).append(holder)
     for group in same.values():
