@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import Field, field_validator
 
-from bench.data.landmark_table import LandmarkTable
+from bench.data.landmark_table import LandmarkTable, same_name
 from bench.data.pictures import decode_picture
 from bench.data.preparation import read_face
 from bench.data.splits import cut_val, hash_sources, mixed
@@ -218,7 +217,7 @@ class Folder(Dataset):
         if 0 < largest <= 1:
             raise ValueError(f"{path}: no coordinate exceeds 1; multiply them by the picture's width and height, pixels are needed")
         pictures = {item.source for items in found.values() for item in items}
-        normal = {unicodedata.normalize("NFC", source) for source in pictures}
+        normal = {same_name(source) for source in pictures}
         orphans = [source for source in table.sources() if source not in normal]
         if len(orphans) == len(table):
             raise ValueError(

@@ -17,6 +17,11 @@ from bench.data.plausibility import is_one_place
 LANDMARKS_HEADER = ("path", *(f"{axis}{i}" for i in range(68) for axis in "xy"))
 
 
+def same_name(source: str) -> str:
+    """A path in Unicode's composed form (NFC): some file systems keep an accent apart from its letter, most programs do not."""
+    return unicodedata.normalize("NFC", source)
+
+
 class LandmarkTable:
     """``landmarks.csv``, parsed row by row on demand: a worker needs a few of what may be hundreds of thousands of rows."""
 
@@ -43,7 +48,7 @@ class LandmarkTable:
                 continue
             # Quotes are needed around names with commas only, and the csv module is slow on 137 columns.
             name = next(csv.reader([line]))[0] if line.startswith('"') else line.partition(",")[0]
-            source = unicodedata.normalize("NFC", name.strip().replace("\\", "/").removeprefix("./"))
+            source = same_name(name.strip().replace("\\", "/").removeprefix("./"))
             if not source:
                 raise ValueError(f"{path}: line {number} has no path")
             if source in self._rows:
@@ -54,7 +59,7 @@ class LandmarkTable:
         return len(self._rows)
 
     def __contains__(self, source: object) -> bool:
-        return isinstance(source, str) and unicodedata.normalize("NFC", source) in self._rows
+        return isinstance(source, str) and same_name(source) in self._rows
 
     def sources(self) -> Sequence[str]:
         """The pictures that have a row, in Unicode normal form NFC, in the file's order."""
@@ -68,7 +73,7 @@ class LandmarkTable:
         Raises:
             ValueError: the row has too few or too many cells, one that is no number, one that is infinite, or only some that are empty.
         """
-        source = unicodedata.normalize("NFC", source)
+        source = same_name(source)
         if source not in self._rows:
             return None
         number, line = self._rows[source]
