@@ -509,7 +509,7 @@ def _record(cell: Cell, result: Evaluated, facts: _Facts, *, hashes: Hashes) -> 
             "map_seconds_per_image": result.map_seconds_per_image,
         },
         seeds={"seed": training.seed, **{role: training.derived_seed(role) for role in ("init", "data", "step")}},
-        finished=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        finished=dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
     )
 
 
