@@ -97,7 +97,7 @@ class Reading:
     landmark_frame: Frame = "stored"
     """Pixels that the landmarks of the file count."""
     aligned: bool = False
-    """Whether the face is turned, scaled and cut onto the template of `bench.data.alignment`."""
+    """Whether the face is turned, scaled and cut onto the template of `bench.prepare.alignment`."""
     needs: str = ""
     """What reading takes beyond the file and its 68 landmarks, in words (a box of the annotation, for instance); empty: nothing."""
 

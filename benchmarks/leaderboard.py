@@ -22,10 +22,10 @@ from bench.config import load_settings
 from bench.evaluation.metrics import compute_metrics
 from bench.evaluation.rows import Rows, write_rows
 from bench.matrix import digest
-from bench.reporting.evidence import load_runs
-from bench.reporting.leaderboard import build_tables
-from bench.reporting.ranking import rank
-from bench.reporting.render import FORMATS, render, rich_tables
+from bench.reporting.tables.evidence import load_runs
+from bench.reporting.tables.leaderboard import build_tables
+from bench.reporting.tables.ranking import rank
+from bench.reporting.tables.render import FORMATS, render, rich_tables
 from bench.sweep.record import CellName, CodeFacts, DataFacts, Record
 from bench.sweep.store import DONE, RECORD, ROWS
 

@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 
 from bench.cli.data import parse_options
-from bench.data.pack import prepare
 from bench.dataset import DATASETS
+from bench.prepare.pack import prepare
 from bench.registry import check_options
 
 

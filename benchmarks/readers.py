@@ -23,8 +23,8 @@ import torch
 import webdataset as wds
 
 from bench.data.index import load_index
-from bench.data.pack import prepare
 from bench.data.readers import open_reader
+from bench.prepare.pack import prepare
 
 
 def ways(folder: Path, split: str, batch_size: int) -> dict[str, Callable[[int], Iterator[Any]]]:

@@ -29,10 +29,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from bench.data.pictures import decode_picture, orient_landmarks
-from bench.data.plausibility import is_one_place
-from bench.data.published import Folds, PublishedDataset, unsafe_path
 from bench.dataset import DATASETS, EXPRESSIONS, BadPictureError, Box, DatasetOptions, Face, Item, Reading
+from bench.prepare.pictures import decode_picture, orient_landmarks
+from bench.prepare.plausibility import is_one_place
+from bench.prepare.published import Folds, PublishedDataset, unsafe_path
 from bench.registry import Default
 
 ORIGINAL = ("neutral", "happiness", "sadness", "surprise", "fear", "disgust", "anger", "contempt", "none", "uncertain", "no-face")

@@ -1,6 +1,6 @@
 """A user's own folder: ``<root>/<split>/<class>/<picture>`` plus ``landmarks.csv``.
 
-Splits are ``train``, ``test`` and, optionally, ``val``; without ``val`` one is cut from train (`bench.data.splits.stratified_cut`).
+Splits are ``train``, ``test`` and, optionally, ``val``; without ``val`` one is cut from train (`bench.prepare.splits.stratified_cut`).
 Every file in a class folder counts as a picture unless its name begins with a dot; what cannot be decoded ends up in the list of bad
 pictures. Class names are free: those that are one of the seven expressions take the project's order, the others follow alphabetically.
 """
@@ -17,11 +17,11 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import Field, field_validator
 
-from bench.data.landmark_table import LandmarkTable, same_name
-from bench.data.pictures import decode_picture
-from bench.data.preparation import read_face
-from bench.data.splits import cut_val, hash_sources, mixed
 from bench.dataset import DATASETS, EXPRESSIONS, SPLITS, BadPictureError, Dataset, DatasetOptions, Face, Item, Reading, Rejected
+from bench.prepare.landmark_table import LandmarkTable, same_name
+from bench.prepare.pictures import decode_picture
+from bench.prepare.preparation import read_face
+from bench.prepare.splits import cut_val, hash_sources, mixed
 
 LANDMARKS_NAME = "landmarks.csv"
 _SPLIT_ALIASES = {"valid": "val", "validation": "val", "dev": "val", "training": "train", "testing": "test"}

@@ -28,11 +28,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import model_validator
 
-from bench.data.alignment import TEMPLATE_NAME, align_face, template_points
-from bench.data.pictures import decode_picture, orient_landmarks
-from bench.data.published import Folds, PublishedDataset, repeated, unsafe_path
-from bench.data.splits import hash_sources, mixed
 from bench.dataset import DATASETS, EXPRESSIONS, BadPictureError, Box, DatasetOptions, Face, Item, Reading
+from bench.prepare.alignment import TEMPLATE_NAME, align_face, template_points
+from bench.prepare.pictures import decode_picture, orient_landmarks
+from bench.prepare.published import Folds, PublishedDataset, repeated, unsafe_path
+from bench.prepare.splits import hash_sources, mixed
 from bench.registry import Default
 
 LIST_NAME = "EmoLabel/list_patition_label.txt"

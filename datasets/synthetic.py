@@ -1,7 +1,7 @@
 """Synthetic faces, the embedded default: seven expressions whose evidence lies exactly where their action units are.
 
 Every picture shows a *random subset* of the action units that the codebook lists for its expression, at random intensity, on a
-random person in a random pose, light and place; `bench.datasets.synthetic_face` draws it. What names the expression is therefore on
+random person in a random pose, light and place; `bench.prepare.synthetic_face` draws it. What names the expression is therefore on
 the parts of the face that the AU map marks, and nowhere else, unless ``shortcut`` plants a mark that gives the class away.
 
 Difficult on purpose: weak intensities, resting shapes that resemble expressions (low brows, hanging mouth corners), folds of age, glasses,
@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from pydantic import Field
 
 from bench.dataset import DATASETS, EXPRESSIONS, SPLITS, Dataset, Face, Item
-from bench.datasets.synthetic_face import FACS, Colour, Identity, View, draw
+from bench.prepare.synthetic_face import FACS, Colour, Identity, View, draw
 
 # What each expression may show: action unit id -> how often, given that nothing excludes it. Each is a subset of the codebook's.
 REPERTOIRE: Mapping[str, Mapping[int, float]] = {

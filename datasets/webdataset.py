@@ -2,7 +2,7 @@
 
 A sample is what webdataset makes of neighbouring members of a shard: one key, and a picture (``jpg``, ``jpeg``, ``png`` or ``webp``) with
 its class in ``cls``, or in a field of ``json``. ``landmarks`` and ``identity`` in ``json`` are those of our own shards, which are read back
-so. Keys have to be unique in their shard only. Without val, one is cut from train (`bench.data.splits.stratified_cut`).
+so. Keys have to be unique in their shard only. Without val, one is cut from train (`bench.prepare.splits.stratified_cut`).
 
 Members are located through tarfile, which skips the pictures while listing, and read at their offsets. Nothing is unpickled: of webdataset
 only the rule that splits a name into key and suffix is used, none of its decoders.
@@ -24,10 +24,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, field_validator
 
-from bench.data.plausibility import is_one_place
-from bench.data.preparation import read_face
-from bench.data.splits import cut_val, hash_sources, mixed
 from bench.dataset import DATASETS, EXPRESSIONS, SPLITS, Dataset, Face, Item, Rejected
+from bench.prepare.plausibility import is_one_place
+from bench.prepare.preparation import read_face
+from bench.prepare.splits import cut_val, hash_sources, mixed
 from bench.registry import did_you_mean
 
 CLASSES_NAME = "classes.txt"

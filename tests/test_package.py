@@ -25,7 +25,7 @@ def test_every_module_imports_by_its_bench_name_and_only_by_it():
         assert not [name for name in sys.modules if name == alias or name.startswith(f"{alias}.")]
 
 
-@pytest.mark.parametrize("modules", ["bench.cli.main", "bench.sweep.run, bench.training.deepspeed_strategy"])
+@pytest.mark.parametrize("modules", ["bench.cli.main", "bench.sweep.run, bench.runtime.deepspeed_strategy"])
 def test_importing_bench_imports_no_deepspeed(run_python, modules):
     run_python(f"import sys, {modules}; assert not {{'deepspeed', 'transformers'}} & set(sys.modules)")
 

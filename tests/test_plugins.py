@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from bench.audit.verify import verify
 from bench.method import METHODS
 from bench.registry import load_plugin
-from bench.reporting.evidence import load_runs
-from bench.reporting.leaderboard import build_tables
+from bench.reporting.tables.evidence import load_runs
+from bench.reporting.tables.leaderboard import build_tables
 from bench.sweep.restore import restore
 from bench.sweep.store import read_records
-from bench.sweep.verify import verify
 
 PACKAGE = Path(__file__).parent / "plugin_package"
 

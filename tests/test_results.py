@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.reporting.evidence import load_runs
-from bench.reporting.leaderboard import PUBLISHED_ORDER, build_tables
-from bench.reporting.ranking import rank
-from bench.reporting.render import render
+from bench.audit.verify import verify
+from bench.reporting.tables.evidence import load_runs
+from bench.reporting.tables.leaderboard import PUBLISHED_ORDER, build_tables
+from bench.reporting.tables.ranking import rank
+from bench.reporting.tables.render import render
 from bench.sweep.store import read_records
-from bench.sweep.verify import verify
 
 RESULTS = Path(__file__).parents[1] / "results"
 

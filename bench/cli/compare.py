@@ -43,10 +43,10 @@ def compare(
     backbone, dataset, seed, variant, protocol). Coordinates of which A and B have one value each may differ, in all others a cell is
     compared with the one that is alike.
     """
-    from bench.data.atomic import write_bytes_atomic
-    from bench.reporting import compare_text as text
-    from bench.reporting.compare import compare, find_side, match
-    from bench.reporting.render import MARKDOWN, PLAIN, markdown, rich_grid
+    from bench.io import write_bytes_atomic
+    from bench.reporting.tables import compare_text as text
+    from bench.reporting.tables.compare import compare, find_side, match
+    from bench.reporting.tables.render import MARKDOWN, PLAIN, markdown, rich_grid
 
     if fmt is ComparisonFormat.TABLE and out is not None:
         raise ValueError("--out needs a file format: --format md or json")

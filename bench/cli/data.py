@@ -17,7 +17,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from bench.data.index import Index
-    from bench.data.landmark_check import Agreement
+    from bench.prepare.landmark_check import Agreement
 
 app = typer.Typer(
     name="data",
@@ -65,9 +65,9 @@ def prepare(
     plugin: PluginOption = None,
 ) -> None:
     """Turn pictures into checked shards. Run it again to go on after an interruption."""
-    from bench.data.pack import Progress, prepared_folder
-    from bench.data.pack import prepare as prepare_dataset
     from bench.dataset import DATASETS
+    from bench.prepare.pack import Progress, prepared_folder
+    from bench.prepare.pack import prepare as prepare_dataset
     from bench.registry import did_you_mean, load_plugin
 
     _check_name(name)
@@ -183,8 +183,8 @@ def show(
     """Draw a contact sheet: per class some faces, their landmarks and their AU maps."""
     import io
 
-    from bench.data.atomic import write_bytes_atomic
-    from bench.data.sheet import contact_sheet
+    from bench.io import write_bytes_atomic
+    from bench.reporting.pictures.sheet import contact_sheet
 
     folder = find_prepared(dataset, root=root)
     sheet = contact_sheet(folder, split=split, per_class=per_class, cell=cell)
@@ -222,8 +222,8 @@ def landmarks(
     """Compare two sources of landmarks on a sample of a prepared dataset: normalised mean error, per face part, and the worst faces."""
     import io
 
-    from bench.data.atomic import write_bytes_atomic
-    from bench.data.landmark_check import check_landmarks, draw_agreement
+    from bench.io import write_bytes_atomic
+    from bench.prepare.landmark_check import check_landmarks, draw_agreement
 
     folder = find_prepared(dataset, root=root)
     if sheet is not None and not sheet.parent.is_dir():

@@ -62,9 +62,17 @@ def explain(
     from rich.console import Console
 
     from bench.registry import load_plugin
-    from bench.reporting.explain import REPORT, Failed, LandmarkSource, choose_readers, find_pictures, open_training, with_preparation
-    from bench.reporting.explain import explain as explain_pictures
-    from bench.training.engine import Engine
+    from bench.reporting.pictures.explain import (
+        REPORT,
+        Failed,
+        LandmarkSource,
+        choose_readers,
+        find_pictures,
+        open_training,
+        with_preparation,
+    )
+    from bench.reporting.pictures.explain import explain as explain_pictures
+    from bench.runtime.engine import Engine
 
     if device not in ("auto", "cpu"):
         raise ValueError(f"--device {device}: use auto or cpu")

@@ -36,7 +36,7 @@ def gallery(
     from rich.console import Console
 
     from bench.data.readers import open_reader
-    from bench.reporting.gallery import choose_faces, draw_gallery
+    from bench.reporting.pictures.gallery import choose_faces, draw_gallery
     from bench.sweep.plan import make_plan
 
     settings = options.settings_from(context)

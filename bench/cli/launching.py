@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.sweep.launch import devices, report, world
-from bench.sweep.launch.choice import Launch, Wanted, choose
+from bench.launch import devices, report, world
+from bench.launch.choice import Launch, Wanted, choose
 
 if TYPE_CHECKING:
     from bench.config import Settings
-    from bench.sweep.launch.report import Report
+    from bench.launch.report import Report
+    from bench.runtime.interruption import StopRequest
     from bench.sweep.plan import Plan
     from bench.sweep.run import Outcome
-    from bench.training.interruption import StopRequest
 
 PROCESSES = "Processes"
 
@@ -118,8 +118,8 @@ def spawn(context: typer.Context, launch: Launch, plan: Plan, *, only: tuple[str
         ValueError: devices on which others compute, a dataset that cannot be prepared.
         ConnectionError: the nodes did not come together.
     """
+    from bench.runtime.interruption import REQUEUE, StoppedError, StopRequest
     from bench.sweep.plan import make_plan
-    from bench.training.interruption import REQUEUE, StoppedError, StopRequest
 
     given = context.params
     total = launch.nproc * launch.groups
@@ -156,7 +156,7 @@ def leave_with(ended: Report, status: int) -> typer.Exit:
 def _start(context: typer.Context, launch: Launch, names: list[str], plan: Plan, stop: StopRequest) -> Report:
     given = context.params
     if launch.kind == "groups":
-        from bench.sweep.launch.groups import run_groups
+        from bench.launch.groups import run_groups
 
         own = ["--launcher", "torchrun", "--nproc", str(launch.nproc)] if launch.nproc > 1 else ["--launcher", "inline"]
         return run_groups(
@@ -167,7 +167,7 @@ def _start(context: typer.Context, launch: Launch, names: list[str], plan: Plan,
             emit=_emit,
             stop=stop,
         )
-    from bench.sweep.launch.elastic import Elastic, run_elastic
+    from bench.launch.torchrun import Elastic, run_elastic
 
     elastic = Elastic(
         command=child_command(context),
@@ -224,9 +224,9 @@ def meeting_id(settings: Settings) -> str:
 
 def _prepared(plan: Plan, launch: Launch, *, plugins: tuple[str, ...], only: tuple[str, ...], stop: StopRequest) -> Plan:
     """Prepare what is missing once, before there are several who could. On several nodes the first of all processes does it."""
+    from bench.runtime.observer import LogObserver
     from bench.sweep.datasets import prepare_missing
     from bench.sweep.plan import make_plan
-    from bench.training.observer import LogObserver
 
     if launch.nnodes > 1 or all(source.index is not None for source in plan.sources.values()):
         return plan

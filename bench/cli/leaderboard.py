@@ -12,8 +12,8 @@ from bench.cli import options
 from bench.cli.console import table_console
 
 if TYPE_CHECKING:
-    from bench.reporting.references import Reference
-    from bench.reporting.render import Columns
+    from bench.reporting.tables.references import Reference
+    from bench.reporting.tables.render import Columns
 
 
 class TableFormat(StrEnum):
@@ -53,12 +53,12 @@ def leaderboard(
 
     Where two datasets share rows, a ranking over them follows.
     """
-    from bench.data.atomic import write_bytes_atomic
-    from bench.reporting.evidence import load_runs
-    from bench.reporting.leaderboard import build_tables
-    from bench.reporting.ranking import rank
-    from bench.reporting.references import load_reference
-    from bench.reporting.render import render
+    from bench.io import write_bytes_atomic
+    from bench.reporting.tables.evidence import load_runs
+    from bench.reporting.tables.leaderboard import build_tables
+    from bench.reporting.tables.ranking import rank
+    from bench.reporting.tables.references import load_reference
+    from bench.reporting.tables.render import render
 
     settings = options.settings_from(context)
     root = settings.config.run.results
@@ -78,10 +78,10 @@ def leaderboard(
 
 def show_tables(root: Path, *, reference: Reference | None = None, columns: Columns = "metrics") -> None:
     """Print all tables of a results folder to the terminal."""
-    from bench.reporting.evidence import load_runs
-    from bench.reporting.leaderboard import build_tables
-    from bench.reporting.ranking import rank
-    from bench.reporting.render import rich_tables
+    from bench.reporting.tables.evidence import load_runs
+    from bench.reporting.tables.leaderboard import build_tables
+    from bench.reporting.tables.ranking import rank
+    from bench.reporting.tables.render import rich_tables
 
     console = table_console()
     tables = build_tables(load_runs(existing(root)))

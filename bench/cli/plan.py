@@ -55,8 +55,8 @@ def plan(
 
 def _split(nproc: int | None, nnodes: int, procs_per_training: int | None) -> tuple[int, int]:
     """Processes of a training, and trainings at once, as ``bench run`` would have it with these flags on such nodes."""
-    from bench.sweep.launch import devices
-    from bench.sweep.launch.choice import Wanted, choose
+    from bench.launch import devices
+    from bench.launch.choice import Wanted, choose
 
     wanted = Wanted(
         launcher="torchrun",

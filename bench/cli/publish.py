@@ -30,7 +30,7 @@ def publish(
     """Make a site of a results folder, or push it to the Hugging Face Hub."""
     from rich.console import Console
 
-    from bench.reporting.references import load_reference
+    from bench.reporting.tables.references import load_reference
 
     if site is None and hub is None:
         raise ValueError("bench publish needs to know where: --site DIR for a static site, --hub OWNER/NAME for the Hugging Face Hub")

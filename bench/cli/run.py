@@ -12,10 +12,10 @@ from rich.markup import escape
 from bench.cli import launching, options
 
 if TYPE_CHECKING:
+    from bench.runtime.engine import Engine
+    from bench.runtime.observer import Observer
     from bench.sweep.plan import Plan
     from bench.sweep.run import Outcome
-    from bench.training.engine import Engine
-    from bench.training.observer import Observer
 
 
 def run(
@@ -60,7 +60,7 @@ def run(
     SIGTERM, SIGUSR1 or Ctrl-C: the step at hand is finished and saved, and the run ends with status 75, which asks to be started again. A
     second one ends it at once. Other statuses: 0 done, 1 some cells failed, 2 the request cannot be carried out.
     """
-    from bench.training.interruption import REQUEUE, BrokenWorldError, EverywhereError, StoppedError, StopRequest
+    from bench.runtime.interruption import REQUEUE, BrokenWorldError, EverywhereError, StoppedError, StopRequest
 
     settings = options.settings_from(context)
     if device not in ("auto", "cpu"):
@@ -72,8 +72,8 @@ def run(
         return
     stop = StopRequest()
     with stop.on_signals():  # from here on: what is imported for the plan takes seconds
+        from bench.runtime.engine import Engine
         from bench.sweep.plan import make_plan
-        from bench.training.engine import Engine
 
         launch = launching.choose_launch(context)
         chosen = tuple(only.split(",") if only else ())
@@ -144,8 +144,8 @@ def _carry_out(plan: Plan, engine: Engine, *, plugins: tuple[str, ...], wait: bo
 
 
 def _observer(engine: Engine) -> tuple[Observer, Callable[[], None]]:
-    from bench.cli.progress import RichObserver
-    from bench.training.observer import LogObserver
+    from bench.cli.display import RichObserver
+    from bench.runtime.observer import LogObserver
 
     if engine.is_main and sys.stderr.isatty():
         observer = RichObserver()

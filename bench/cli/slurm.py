@@ -13,7 +13,7 @@ from bench.cli.launching import child_command
 
 if TYPE_CHECKING:
     from bench.config import Settings
-    from bench.sweep.launch.slurm import Shape, TrainingJob
+    from bench.launch.slurm import Shape, TrainingJob
     from bench.sweep.plan import Plan
 
 NOT_HERE = ("procs_per_training", "rdzv_endpoint", "rdzv_id", "rdzv_timeout", "max_restarts", "share_devices")
@@ -27,11 +27,11 @@ def run_by_slurm(context: typer.Context, settings: Settings) -> None:
         ValueError: whatever cannot be, before anything is submitted.
         typer.Exit: 1 if cells are missing at the end of a wait.
     """
+    from bench.launch import slurm
+    from bench.runtime.observer import LogObserver
     from bench.sweep.datasets import prepare_missing
     from bench.sweep.estimate import order
-    from bench.sweep.launch import slurm
     from bench.sweep.plan import make_plan
-    from bench.training.observer import LogObserver
 
     flags = context.params
     for name in NOT_HERE:
@@ -106,7 +106,7 @@ def _say(job: TrainingJob, number: str) -> None:
 
 def _show(plan: Plan, jobs: Sequence[TrainingJob], shape: Shape) -> None:
     from bench.cli.plan import show_plan
-    from bench.sweep.launch.slurm import submission_text
+    from bench.launch.slurm import submission_text
 
     show_plan(plan, processes=shape.world_size, groups=plan.settings.config.slurm.parallel or max(1, len(jobs)))
     if not jobs:
@@ -120,7 +120,7 @@ def _show(plan: Plan, jobs: Sequence[TrainingJob], shape: Shape) -> None:
 
 def _summary(plan: Plan, ended: int) -> None:
     from bench.cli.leaderboard import show_tables
-    from bench.sweep.launch.slurm import FOLDER
+    from bench.launch.slurm import FOLDER
 
     results = plan.settings.config.run.results
     missing = [cell for _, cells in plan.to_do for cell in cells]

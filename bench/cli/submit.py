@@ -23,8 +23,8 @@ def submit(
     """Verify a results folder and pack the records of some methods, without weights or pictures, with a text for the pull request."""
     from rich.console import Console
 
-    from bench.sweep.submit import UnsoundError, make_submission, write_submission
-    from bench.sweep.verify_record import shown
+    from bench.audit.submit import UnsoundError, make_submission, write_submission
+    from bench.audit.verify_record import shown
 
     names = [part.strip() for part in methods.split(",") if part.strip()] if methods else None
     root = options.settings_from(context).config.run.results

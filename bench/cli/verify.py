@@ -13,8 +13,8 @@ from bench.cli import options
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bench.sweep.rerun import Rerun
-    from bench.sweep.verify import Report
+    from bench.audit.rerun import Rerun
+    from bench.audit.verify import Report
 
 
 def verify(
@@ -44,9 +44,9 @@ def verify(
     """
     from rich.console import Console
 
+    from bench.audit.verify import verify as verify_records
     from bench.cli.data import progress
     from bench.registry import load_plugin
-    from bench.sweep.verify import verify as verify_records
 
     given = {"--trainings": trainings is not None, "--stamp": stamp, "--tolerance": tolerance is not None}
     for name in (name for name, used in given.items() if used and not rerun):
@@ -73,10 +73,10 @@ def verify(
 
 
 def _rerun(report: Report, data: Path, *, trainings: Path | None, tolerance: float | None, device: str) -> tuple[Rerun, ...]:
-    from bench.sweep.rerun import TOLERANCE, rerun
-    from bench.sweep.verify import find_indexes
-    from bench.training.engine import Engine
-    from bench.training.observer import LogObserver
+    from bench.audit.rerun import TOLERANCE, rerun
+    from bench.audit.verify import find_indexes
+    from bench.runtime.engine import Engine
+    from bench.runtime.observer import LogObserver
 
     return tuple(
         rerun(
@@ -91,7 +91,7 @@ def _rerun(report: Report, data: Path, *, trainings: Path | None, tolerance: flo
 
 
 def _stamp(report: Report, sound: list[Rerun]) -> None:
-    from bench.sweep.stamp import write_stamp
+    from bench.audit.stamp import write_stamp
 
     weights = {fact.folder: fact.weights_sha256 for fact in report.facts}
     for one in sound:
@@ -113,7 +113,7 @@ def _tree(report: Report, reruns: tuple[Rerun, ...], *, stamped: int) -> dict[st
 
 
 def _print(console: Console, report: Report, reruns: tuple[Rerun, ...], *, stamped: int) -> None:
-    from bench.sweep.verify_record import printable, shown
+    from bench.audit.verify_record import printable, shown
 
     def say(text: str, style: str) -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

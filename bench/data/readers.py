@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import get_args
 
 from bench.data.batch import Reader
-from bench.data.indexed import IndexedReader
-from bench.data.plan import Balance
+from bench.data.order import Balance
+from bench.data.reader import IndexedReader
 from bench.data.samples import load_split
 from bench.registry import did_you_mean
 
@@ -33,7 +33,7 @@ def open_reader(
         cache_bytes: keep the decoded uint8 split in memory if it is not larger than this; 0 never does.
         verify: compare the sha256 of every shard with the index, once per reader, before the first batch. Sizes, and the
             checksum of every sample read, are compared in any case.
-        balance: how an epoch is drawn, see `bench.data.plan.epoch_order`.
+        balance: how an epoch is drawn, see `bench.data.order.epoch_order`.
 
     Raises:
         FileNotFoundError: the folder is not a prepared dataset.

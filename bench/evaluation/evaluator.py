@@ -18,16 +18,16 @@ from bench.au.maps import action_unit_maps, expression_ids
 from bench.data.batch import Reader
 from bench.data.index import hash_keys
 from bench.data.transforms import eval_images, eval_landmarks
-from bench.evaluation.averages import AverageMaps, ClassSums, average_maps
+from bench.evaluation.class_maps import AverageMaps, ClassSums, average_maps
 from bench.evaluation.invariance import Slice, check_invariance, join
 from bench.evaluation.maps import attention_cosines, check_finite, map_cosines, map_ranges, min_max, read_maps, upsample
 from bench.evaluation.measures import Choice, Explained, Measuring
 from bench.evaluation.rows import Rows
 from bench.method import Classifier, Method
-from bench.training.alignment import layer_attention
-from bench.training.engine import Engine
-from bench.training.interruption import EverywhereError
-from bench.training.observer import Observer, Work
+from bench.runtime.engine import Engine
+from bench.runtime.interruption import EverywhereError
+from bench.runtime.observer import Observer, Work
+from bench.training.guidance import layer_attention
 from bench.training.trainer import peak_memory, reset_peak_memory
 
 

@@ -19,7 +19,7 @@ from bench.data.batch import RawBatch
 from bench.data.transforms import eval_images
 from bench.evaluation.maps import map_ranges, min_max, read_maps
 from bench.method import Classifier, Method
-from bench.training.engine import Engine
+from bench.runtime.engine import Engine
 
 SAMPLES = 64
 """Size of the slice, whatever the size of the split."""

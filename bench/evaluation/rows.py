@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.data.atomic import atomic_file
+from bench.io import atomic_file
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]

@@ -9,13 +9,13 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]  # its HTTP client's own
 
-from bench.reporting.evidence import load_runs
-from bench.reporting.leaderboard import build_tables
-from bench.reporting.ranking import rank
-from bench.reporting.references import Reference
-from bench.reporting.render import render
+from bench.audit.stamp import STAMP, is_verified
+from bench.reporting.tables.evidence import load_runs
+from bench.reporting.tables.leaderboard import build_tables
+from bench.reporting.tables.ranking import rank
+from bench.reporting.tables.references import Reference
+from bench.reporting.tables.render import render
 from bench.sweep.record import Record
-from bench.sweep.stamp import STAMP, is_verified
 from bench.sweep.store import DONE, MAPS, RECORD, ROWS, read_marker, read_records
 from bench.training.checkpoint import hash_file
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from bench.config import ConfigError, Settings
 from bench.data.index import INDEX_NAME, Index, load_index
-from bench.data.pack import BusyError, Progress, prepare, prepared_folder
 from bench.dataset import DATASETS
 from bench.matrix import DatasetRef, digest, parse_options
+from bench.prepare.pack import BusyError, Progress, prepare, prepared_folder
 from bench.registry import did_you_mean
-from bench.training.interruption import StopRequest
-from bench.training.observer import Observer, Work
+from bench.runtime.interruption import StopRequest
+from bench.runtime.observer import Observer, Work
 
 BUSY_SECONDS = 1.0
 """Between attempts at a dataset that another run is preparing."""

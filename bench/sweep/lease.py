@@ -34,7 +34,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.training.interruption import LeaseLostError
+from bench.runtime.interruption import LeaseLostError
 
 CLOCK_NAME = "clock"
 """The file that is touched to ask the file server for the time."""

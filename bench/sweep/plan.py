@@ -10,11 +10,11 @@ from bench.au.maps import expression_ids
 from bench.config import ConfigError, Settings
 from bench.dataset import DATASETS, EXPRESSIONS
 from bench.matrix import Matrix, Planned, build_matrix, check_sections, check_world, tell_apart
+from bench.runtime.engine import check_engine
 from bench.sweep.datasets import Source, check_splits, resolve_dataset
 from bench.sweep.store import Store
 from bench.sweep.trial import outline, try_out
 from bench.training.build import build_reader
-from bench.training.engine import check_engine
 
 FEW = 0.5
 """Share of the training faces with an AU map below which guidance is warned of."""

@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from bench.runtime.observer import Observer, Work
 from bench.sweep.lease import Lease
-from bench.training.observer import Observer, Work
 
 REPORT_SECONDS = 2.0
 """Least time between two reports to the lease."""

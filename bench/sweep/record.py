@@ -25,7 +25,7 @@ from bench.dataset import DATASETS
 from bench.matrix import Cell, DatasetRef, Training
 from bench.method import METHODS
 from bench.registry import foreign_code, is_foreign
-from bench.training.environment import arithmetic
+from bench.runtime.environment import arithmetic
 
 SCHEMA: Final = 4
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy", "webdataset", "safetensors")

@@ -7,9 +7,9 @@ import logging
 from pathlib import Path
 
 from bench.backbone import BACKBONES
-from bench.data.preparation import Preparation, read_preparation
 from bench.matrix import DatasetRef, Training
 from bench.method import METHODS, Classifier
+from bench.prepare.preparation import Preparation, read_preparation
 from bench.registry import foreign_code
 from bench.training.trainer import TRAINED, load_trained, read_trained
 

@@ -20,13 +20,17 @@ from bench.backbone import BACKBONES
 from bench.config import Settings
 from bench.data.batch import Reader
 from bench.data.index import Index, hash_keys
-from bench.data.preparation import preparation_of
 from bench.data.readers import open_reader
 from bench.evaluation.evaluator import Evaluated, Unusable, accuracy, count_macs, evaluate
 from bench.evaluation.measures import choice_of
 from bench.evaluation.metrics import compute_metrics
 from bench.matrix import Cell, Planned, Training
 from bench.method import Classifier
+from bench.prepare.preparation import preparation_of
+from bench.runtime.agreement import same_everywhere
+from bench.runtime.engine import Engine
+from bench.runtime.interruption import BrokenWorldError, EverywhereError, LeaseLostError, StoppedError
+from bench.runtime.observer import Observer, Work
 from bench.sweep.attempts import given_up, noted
 from bench.sweep.datasets import Source
 from bench.sweep.estimate import order
@@ -36,12 +40,8 @@ from bench.sweep.plan import Plan
 from bench.sweep.progress import LeaseObserver
 from bench.sweep.record import CellName, CodeFacts, DataFacts, ProcessFacts, Record, code_facts, foreign_entries, hardware_facts
 from bench.sweep.store import Hashes, Store
-from bench.training.agreement import same_everywhere
 from bench.training.build import build_reader
 from bench.training.checkpoint import hash_weights
-from bench.training.engine import Engine
-from bench.training.interruption import BrokenWorldError, EverywhereError, LeaseLostError, StoppedError
-from bench.training.observer import Observer, Work
 from bench.training.trainer import load_trained, read_trained, train
 
 _log = logging.getLogger(__name__)

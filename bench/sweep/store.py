@@ -3,7 +3,7 @@
 ::
 
     <results>/cells/<dataset>/<backbone>/<method>/<guidance>/seed0-<hash>/{record.json, samples.parquet, maps.safetensors, DONE}
-                                                                and VERIFIED.json, see `bench.sweep.stamp`
+                                                                and VERIFIED.json, see `bench.audit.stamp`
     <results>/trainings/<hash>/{checkpoints/, best/, trained.json}
     <results>/failures/<same path as the cell>.json
     <results>/damaged/...                                       what could not be read and was done again, under its old path
@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from bench.data.atomic import PARTIAL_SUFFIX, fsync_folder, temporary_folder, write_bytes_atomic, write_json_atomic
-from bench.evaluation.averages import AverageMaps, write_average_maps
+from bench.evaluation.class_maps import AverageMaps, write_average_maps
 from bench.evaluation.rows import Rows, read_rows, write_rows
+from bench.io import PARTIAL_SUFFIX, fsync_folder, temporary_folder, write_bytes_atomic, write_json_atomic
 from bench.matrix import Cell, Planned, Training
 from bench.sweep.record import Record, parse_record
 from bench.training.checkpoint import DamagedCheckpointError, check_checkpoint, hash_file, newest_checkpoint

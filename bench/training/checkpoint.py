@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bench.data.atomic import follow_umask, fsync_folder, temporary_folder
+from bench.io import follow_umask, fsync_folder, temporary_folder
 
 SCHEMA = 1
 ASIDE = "aside-"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.method import Batch, Classifier, Method
-from bench.training.alignment import layer_attention, misalignment
+from bench.training.guidance import layer_attention, misalignment
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,14 +16,17 @@ from torch import Tensor
 
 from bench.au.maps import expression_ids
 from bench.config import AugmentConfig, TrainConfig
-from bench.data.atomic import write_json_atomic
 from bench.data.batch import RawBatch, Reader
-from bench.data.preparation import Preparation
 from bench.data.transforms import train_batch
 from bench.draws import drawing
+from bench.io import write_json_atomic
 from bench.matrix import Training, digest
 from bench.method import Batch, Classifier, Method
-from bench.training.average import WeightAverage
+from bench.prepare.preparation import Preparation
+from bench.runtime.engine import Engine
+from bench.runtime.interruption import EverywhereError, Hold, LeaseLostError, StoppedError, Unshared
+from bench.runtime.observer import Observer, Work
+from bench.runtime.strategy import numerics
 from bench.training.build import build_classifier, build_method, head_parameters
 from bench.training.checkpoint import (
     Checkpoint,
@@ -35,12 +38,9 @@ from bench.training.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from bench.training.engine import Engine
-from bench.training.interruption import EverywhereError, Hold, LeaseLostError, StoppedError, Unshared
-from bench.training.observer import Observer, Work
+from bench.training.ema import WeightAverage
 from bench.training.optimiser import build_optimiser, learning_rate, set_learning_rate
 from bench.training.random_layers import GeneratorWatch, batch_statistics, enough_for_batch_norm
-from bench.training.strategy import numerics
 from bench.training.task import GuidanceTerm, TrainingTask, guided_share
 from bench.weights import without_loading
 

@@ -1,1 +1,1 @@
-"""Published figures to set beside our own, one JSON file a source; see `bench.reporting.references`."""
+"""Published figures to set beside our own, one JSON file a source; see `bench.reporting.tables.references`."""

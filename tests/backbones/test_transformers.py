@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from bench.backbone import BACKBONES, Backbone
 from bench.backbones.apvit import PoolingViT, keep_top
 from bench.backbones.deit import TimmViT
-from bench.training.alignment import layer_attention, misalignment
+from bench.training.guidance import layer_attention, misalignment
 
 TRANSFORMERS = ("deit-tiny", "deit-small", "deit-base", "mini-vit", "apvit", "mini-apvit")
 

@@ -12,10 +12,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from bench.cli.data import app, find_prepared, parse_options
-from bench.data import landmark_check
 from bench.data.index import load_index
-from bench.data.landmarks import Landmarker
-from bench.data.sheet import read_sample
+from bench.prepare import landmark_check
+from bench.prepare.landmarks import Landmarker
+from bench.reporting.pictures.sheet import read_sample
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_importing_the_commands_is_light():
 
 def test_verifying_and_importing_the_packer_need_no_torch(root):
     code = (
-        "import sys\nfrom pathlib import Path\nimport bench.data.pack\nfrom bench.data.verify import verify\n"
+        "import sys\nfrom pathlib import Path\nimport bench.prepare.pack\nfrom bench.data.verify import verify\n"
         "assert verify(Path(sys.argv[1])) == []\nassert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-P", "-c", code, str(root / "mine")], check=True)

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bench.data import pack
 from bench.data.index import load_index
-from bench.data.pack import prepare
 from bench.data.verify import verify
+from bench.prepare import pack
+from bench.prepare.pack import prepare
 
 SHARD = "train-000000.tar"
 # What keys begin with: the rest comes from the picture.

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from bench.data.alignment import align_face, carry_over
+from bench.prepare.alignment import align_face, carry_over
 
 if __package__:
     from .drawn import draw_face

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from bench.data.index import load_index
-from bench.data.pack import prepare
 from bench.data.verify import verify
 from bench.dataset import DATASETS, EXPRESSIONS, BadPictureError, Item
 from bench.datasets.affectnet import CSV_COLUMNS, ORIGINAL, AffectNet, AffectNet8, CsvRelease, NpyRelease, Table
+from bench.prepare.pack import prepare
 
 from .affectnet_tree import make_affectnet
 
@@ -900,7 +900,7 @@ def test_a_download_becomes_verified_shards_with_landmarks_to_a_pixel(pristine, 
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_workers_change_no_byte(pristine, tmp_path, layout, monkeypatch):
-    monkeypatch.setattr("bench.data.pack.SHARD_ITEMS", 8)
+    monkeypatch.setattr("bench.prepare.pack.SHARD_ITEMS", 8)
     for workers in (1, 2):
         out = tmp_path / str(workers)
         prepare("affectnet", name="a", options={"size": 32}, raw=pristine[layout][0], out=out, workers=workers, allow_partial=True)

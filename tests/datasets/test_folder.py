@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.data.landmark_table import LANDMARKS_HEADER, LandmarkTable
-from bench.data.splits import hash_sources
 from bench.dataset import DATASETS, BadPictureError, Item
 from bench.datasets.folder import Folder
+from bench.prepare.landmark_table import LANDMARKS_HEADER, LandmarkTable
+from bench.prepare.splits import hash_sources
 
 HEADER = ",".join(LANDMARKS_HEADER)
 

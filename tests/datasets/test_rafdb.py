@@ -14,14 +14,14 @@ import pytest
 from PIL import Image
 
 from bench.config import load_settings
-from bench.data.alignment import TEMPLATE, carry_over, similarity_from_points, template_points
 from bench.data.index import load_index
-from bench.data.pack import prepare
-from bench.data.splits import hash_sources
 from bench.data.verify import verify
 from bench.dataset import DATASETS, EXPRESSIONS, BadPictureError, Item
 from bench.datasets.rafdb import RAFDB
 from bench.matrix import DatasetRef, build_matrix
+from bench.prepare.alignment import TEMPLATE, carry_over, similarity_from_points, template_points
+from bench.prepare.pack import prepare
+from bench.prepare.splits import hash_sources
 from bench.registry import OptionError, check_options
 
 from .rafdb_tree import EXPRESSIONS as ORIGINAL

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from bench.dataset import DATASETS, EXPRESSIONS, Item
 from bench.datasets.synthetic import REPERTOIRE, SyntheticFaces, sample_identity, sample_units
-from bench.datasets.synthetic_face import FACS, View, draw, project, shape
+from bench.prepare.synthetic_face import FACS, View, draw, project, shape
 
 # Landmarks at which the codebook anchors each action unit, and how far from them its evidence may reach, in face units
 # (half the breadth of a face is 1).

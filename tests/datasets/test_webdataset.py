@@ -15,11 +15,11 @@ import webdataset
 from PIL import Image
 
 from bench.data.index import load_index
-from bench.data.pack import prepare
 from bench.data.readers import open_reader
 from bench.data.verify import verify
 from bench.dataset import DATASETS, BadPictureError
 from bench.datasets.webdataset import WebDatasetShards
+from bench.prepare.pack import prepare
 from bench.sweep.store import read_records
 
 from .drawn import draw_face

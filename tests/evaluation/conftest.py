@@ -15,10 +15,10 @@ from bench.data.batch import Reader
 from bench.data.readers import open_reader
 from bench.evaluation.evaluator import Evaluated, evaluate
 from bench.method import METHODS, Classifier, Method
+from bench.runtime.engine import Engine
+from bench.runtime.observer import LogObserver
 from bench.sweep.datasets import prepare_missing
 from bench.sweep.plan import make_plan
-from bench.training.engine import Engine
-from bench.training.observer import LogObserver
 
 SMALL = {"cnn": "mini", "vit": "mini-vit", "apvit": "mini-apvit"}
 OPTIONS = {"scorecam": {"channels": 4}}

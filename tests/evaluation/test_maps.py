@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.evaluation.maps import attention_cosines, map_cosines, min_max, upsample
-from bench.training.alignment import layer_attention
+from bench.training.guidance import layer_attention
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "cosines.npz", allow_pickle=False)
 

@@ -14,7 +14,7 @@ from bench.backbone import BACKBONES
 from bench.evaluation.maps import min_max
 from bench.method import METHODS, Batch
 from bench.methods.acol import LOGITS_B, ACoL, attention_of, erase
-from bench.training.alignment import layer_attention
+from bench.training.guidance import layer_attention
 from bench.training.task import GuidanceTerm, TrainingTask, guided_share
 from tests.golden_weights import fill, pictures
 from tests.training.golden_step import take_step

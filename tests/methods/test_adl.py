@@ -21,7 +21,7 @@ from bench.method import METHODS, Batch
 from bench.methods import adl
 from bench.methods.adl import ADL, TAPPED, attention_dropout, shift_pretrained
 from bench.methods.cam import CAM
-from bench.training.alignment import layer_attention
+from bench.training.guidance import layer_attention
 from bench.training.task import GuidanceTerm, TrainingTask, guided_share
 from tests.golden_weights import fill, pictures
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.evaluation.maps import min_max, upsample
-from bench.training.alignment import layer_attention
+from bench.training.guidance import layer_attention
 from tests.methods import posthoc
 
 RUNS = [("CAM", True), ("CAM_variant", False)]

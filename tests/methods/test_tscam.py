@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bench.backbone import BACKBONES
 from bench.evaluation.maps import attention_cosines, map_cosines, min_max
 from bench.method import METHODS, Batch, Classifier, Method, Output
-from bench.training.alignment import layer_attention
+from bench.training.guidance import layer_attention
 from bench.training.task import GuidanceTerm, TrainingTask, guided_share
 from tests.golden_weights import fill, pictures
 

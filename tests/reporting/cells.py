@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.data.index import hash_keys
-from bench.evaluation.averages import SIDE, AverageMaps, write_average_maps
+from bench.evaluation.class_maps import SIDE, AverageMaps, write_average_maps
 from bench.evaluation.metrics import compute_metrics
 from bench.evaluation.rows import Rows, write_rows
 from bench.sweep.record import CellName, CodeFacts, DataFacts, Record

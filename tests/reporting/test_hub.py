@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.audit.stamp import write_stamp
 from bench.reporting.hub import push
-from bench.reporting.references import load_reference
-from bench.sweep.stamp import write_stamp
+from bench.reporting.tables.references import load_reference
 from tests.reporting.cells import write_cell
 
 TOKEN = "hf_of_this_test"

@@ -6,8 +6,8 @@ import pytest
 
 from bench.cli.plan import show_plan
 from bench.config import ConfigError, load_settings
-from bench.data.pack import prepare
 from bench.matrix import DatasetRef, tell_apart
+from bench.prepare.pack import prepare
 from bench.sweep.plan import make_plan
 from bench.sweep.store import read_records
 

@@ -14,6 +14,8 @@ import torch
 
 from bench.config import load_settings
 from bench.data.index import load_index
+from bench.runtime.engine import Engine
+from bench.runtime.observer import LogObserver
 from bench.sweep import events, store
 from bench.sweep.datasets import resolve_dataset
 from bench.sweep.events import read_events
@@ -22,8 +24,6 @@ from bench.sweep.plan import make_plan
 from bench.sweep.run import run_plan
 from bench.sweep.store import Store, read_records
 from bench.training import checkpoint, trainer
-from bench.training.engine import Engine
-from bench.training.observer import LogObserver
 
 AU = "synthetic/mini/cam/au/seed0"
 

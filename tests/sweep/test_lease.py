@@ -9,9 +9,9 @@ import time
 
 import pytest
 
+from bench.runtime.interruption import LeaseLostError
 from bench.sweep import lease as lease_module
 from bench.sweep.lease import Holder, Lease, Leases, read_leases
-from bench.training.interruption import LeaseLostError
 
 KEY = "0123456789abcdef"
 

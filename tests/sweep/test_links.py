@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
+from bench.audit.verify import find_cells, verify
 from bench.sweep.store import list_cells
-from bench.sweep.verify import find_cells, verify
 
 
 @pytest.fixture

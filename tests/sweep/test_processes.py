@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.evaluation.averages import read_average_maps
+from bench.evaluation.class_maps import read_average_maps
 from bench.sweep.store import MAPS, read_cell_rows, read_records
 
 FEW = ["--guidance", "au", "--seeds", "0"]

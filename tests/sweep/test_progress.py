@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from bench.runtime.observer import LogObserver, Work
 from bench.sweep.progress import LeaseObserver
-from bench.training.observer import LogObserver, Work
 
 
 class Reports:

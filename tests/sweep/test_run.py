@@ -252,7 +252,7 @@ def test_bf16_trains_and_evaluates_in_float32(go, results):
 
 def test_the_gallery_shows_faces_au_maps_and_the_maps_of_all_trained_cells(go, results):
     from bench.data.readers import open_reader
-    from bench.reporting.gallery import choose_faces, draw_gallery
+    from bench.reporting.pictures.gallery import choose_faces, draw_gallery
 
     go(run__guidance=["none"])
     plan = make_plan(load_settings(environ={}, flags={"run.guidance": ["none", "au"]}))

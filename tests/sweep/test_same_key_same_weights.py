@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bench.config import load_settings
-from bench.data.pack import prepare
+from bench.prepare.pack import prepare
+from bench.runtime.engine import Engine
+from bench.runtime.interruption import StoppedError, StopRequest
+from bench.runtime.observer import LogObserver
 from bench.sweep.plan import make_plan
 from bench.sweep.run import run_plan
 from bench.sweep.store import read_records
-from bench.training.engine import Engine
-from bench.training.interruption import StoppedError, StopRequest
-from bench.training.observer import LogObserver
 from tests.conftest import TINY
 
 METHODS = ("cam", "cutmix", "adl")

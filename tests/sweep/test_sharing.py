@@ -13,7 +13,8 @@ import time
 import pytest
 
 from bench.config import load_settings
-from bench.data import pack
+from bench.prepare import pack
+from bench.runtime.observer import LogObserver
 from bench.sweep import run as run_module
 from bench.sweep.datasets import prepare_missing
 from bench.sweep.events import read_events
@@ -21,7 +22,6 @@ from bench.sweep.lease import Leases, read_leases
 from bench.sweep.plan import make_plan
 from bench.sweep.store import Store, read_records
 from bench.training import trainer
-from bench.training.observer import LogObserver
 
 
 @pytest.fixture

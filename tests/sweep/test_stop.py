@@ -11,13 +11,13 @@ import time
 
 import pytest
 
+from bench.runtime.interruption import REQUEUE
+from bench.runtime.observer import LogObserver
 from bench.sweep import run as run_module
 from bench.sweep.events import read_events
 from bench.sweep.lease import read_leases
 from bench.sweep.store import read_records
 from bench.training import trainer
-from bench.training.interruption import REQUEUE
-from bench.training.observer import LogObserver
 
 ONE = ("--guidance", "au", "--seeds", "0", "--device", "cpu")
 
@@ -117,7 +117,7 @@ def test_stopped_while_a_dataset_is_prepared_the_next_start_goes_on(bench_here, 
 def run_code(code):
     head = """
 import hashlib, os, signal, threading, time
-from bench.training import interruption
+from bench.runtime import interruption
 interruption.SAME_REQUEST_S = 0.1
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell has started all this in the background
 stop = interruption.StopRequest()

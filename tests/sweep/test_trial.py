@@ -12,9 +12,9 @@ from bench.config import ConfigError, load_settings
 from bench.matrix import build_matrix
 from bench.method import METHODS
 from bench.methods.cam import CAM, GAPClassifier
+from bench.runtime.observer import LogObserver
 from bench.sweep.datasets import prepare_missing
 from bench.sweep.plan import check_guidance, make_plan
-from bench.training.observer import LogObserver
 
 
 @pytest.fixture

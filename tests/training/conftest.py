@@ -6,9 +6,9 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from bench.config import load_settings
+from bench.runtime.observer import LogObserver
 from bench.sweep.datasets import prepare_missing
 from bench.sweep.plan import make_plan
-from bench.training.observer import LogObserver
 
 
 @pytest.fixture

@@ -35,9 +35,9 @@ def main(folder, *arguments):
     from bench.data.readers import open_reader
     from bench.evaluation.evaluator import accuracy
     from bench.registry import load_plugin
+    from bench.runtime.engine import Engine
+    from bench.runtime.observer import LogObserver
     from bench.sweep.plan import make_plan
-    from bench.training.engine import Engine
-    from bench.training.observer import LogObserver
     from bench.training.trainer import train
 
     if Path("plugin.py").is_file():

@@ -130,7 +130,7 @@ def test_what_does_not_go_together_is_refused(project, monkeypatch, sets, messag
 
 
 def test_every_number_in_deepspeeds_configuration_is_one():
-    from bench.training.deepspeed_strategy import _deepspeed_config
+    from bench.runtime.deepspeed_strategy import _deepspeed_config
 
     text = json.dumps(_deepspeed_config(2))
     assert "auto" not in text

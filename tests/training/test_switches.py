@@ -15,13 +15,13 @@ from bench.config import ConfigError, TrainConfig, load_settings
 from bench.evaluation.maps import read_maps
 from bench.matrix import Training
 from bench.method import METHODS
+from bench.runtime.engine import CUBLAS, Engine, check_engine
+from bench.runtime.strategy import numerics
 from bench.sweep.plan import make_plan
 from bench.sweep.store import Store, read_cell_rows, read_records
 from bench.sweep.trial import PICTURES
-from bench.training.average import WeightAverage
 from bench.training.build import build_classifier, build_reader
-from bench.training.engine import CUBLAS, Engine, check_engine
-from bench.training.strategy import numerics
+from bench.training.ema import WeightAverage
 from bench.training.trainer import load_trained
 from tests.training.one_training import start
 
@@ -327,7 +327,7 @@ def test_an_operation_without_a_deterministic_form_fails_and_the_error_names_the
 
 
 def test_deterministic_prepares_cublas_before_cuda_starts(monkeypatch):
-    from bench.training import engine
+    from bench.runtime import engine
 
     monkeypatch.delenv(CUBLAS, raising=False)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)

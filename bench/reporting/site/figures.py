@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from bench.evaluation.averages import Bytes
+from bench.evaluation.class_maps import Bytes
 
 CURVES = (442, 278)
 """Width and height of a picture of curves, in CSS pixels."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.data.atomic import fsync_folder, temporary_folder, write_json_atomic
+from bench.io import fsync_folder, temporary_folder, write_json_atomic
 
 MARKER = ".bench-site.json"
 """Says that a folder is a site, and which files are its own."""

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.evaluation.statistics import Interval
-from bench.reporting.evidence import METRICS, Metric
-from bench.reporting.leaderboard import GUIDANCE, GUIDANCE_TITLES, TITLES, Row, Stat, Table
-from bench.reporting.render import Style, row_name, show
 from bench.reporting.site.figures import Picture
+from bench.reporting.tables.evidence import METRICS, Metric
+from bench.reporting.tables.leaderboard import GUIDANCE, GUIDANCE_TITLES, TITLES, Row, Stat, Table
+from bench.reporting.tables.render import Style, row_name, show
 from bench.sweep.record import Record
 
 STRONG = ("\ue001", "\ue002")

@@ -14,20 +14,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 import bench
-from bench.evaluation.averages import SIDE, AverageMaps, Bytes
+from bench.audit.stamp import is_verified
+from bench.evaluation.class_maps import SIDE, AverageMaps, Bytes
 from bench.evaluation.statistics import LEVEL
-from bench.reporting.evidence import METRICS, Metric, Run, load_samples
-from bench.reporting.leaderboard import GUIDANCE, GUIDANCE_TITLES, TITLES, Row, Stat, Table, build_tables, figure
-from bench.reporting.ranking import rank
-from bench.reporting.references import Reference, beside
-from bench.reporting.render import caption, grids, render, show
 from bench.reporting.site import pages
-from bench.reporting.site.average_maps import maps_of
+from bench.reporting.site.class_maps import maps_of
 from bench.reporting.site.faces import Prepared, load_faces
 from bench.reporting.site.figures import CURVES, SCALE, Picture, draw_curves, draw_faces, draw_strip, tile_size
 from bench.reporting.site.folder import check_site_folder, fresh_site
+from bench.reporting.tables.evidence import METRICS, Metric, Run, load_samples
+from bench.reporting.tables.leaderboard import GUIDANCE, GUIDANCE_TITLES, TITLES, Row, Stat, Table, build_tables, figure
+from bench.reporting.tables.ranking import rank
+from bench.reporting.tables.references import Reference, beside
+from bench.reporting.tables.render import caption, grids, render, show
 from bench.sweep.record import Record
-from bench.sweep.stamp import is_verified
 from bench.sweep.store import ROWS, read_records
 
 DOWNLOADS = (

@@ -1,0 +1,1 @@
+"""Can these records be believed: verify, run again, stamp, submit."""

@@ -1,0 +1,1 @@
+"""From a download to shards: checks, journal, workers, pictures, alignment, landmarks, splits."""

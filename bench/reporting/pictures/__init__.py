@@ -1,0 +1,1 @@
+"""Pictures of maps: single pictures, galleries, contact sheets."""

@@ -1,0 +1,31 @@
+"""The average maps beside a record, checked against it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.evaluation.class_maps import AverageMaps, read_average_maps
+from bench.sweep.record import Record
+from bench.sweep.store import MAPS
+from bench.training.checkpoint import hash_file
+
+
+def maps_of(folder: Path, record: Record) -> AverageMaps | None:
+    """The average maps of a finished cell; None if its record is older than they.
+
+    Raises:
+        ValueError: the file is missing, is not the one the record was written with, or is not of the record's classes and samples.
+    """
+    if record.maps_sha256 is None:
+        return None
+    path = folder / MAPS
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, though the record beside it has its hash: bring it back, or run the cell again")
+    if hash_file(path) != record.maps_sha256:
+        raise ValueError(f"{path} is not the file its record was written with: one of them was changed; see bench verify {folder}")
+    maps = read_average_maps(path)
+    for name, found, wanted in maps.misfits(classes=len(record.data.classes), examples=len(maps.example_position)):
+        raise ValueError(f"{path}: {name!r} is {found}, it should be {wanted}; see bench verify {folder}")
+    if not all(0 <= position < record.data.samples for position in maps.example_position.tolist()):
+        raise ValueError(f"{path}: its examples are not of {record.data.samples} samples; see bench verify {folder}")
+    return maps

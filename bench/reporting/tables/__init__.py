@@ -1,0 +1,1 @@
+"""Records to tables: rows, statistics between them, text in every format."""

@@ -1,0 +1,1 @@
+"""Processes and devices: the engine, its strategies, interruption, what a run reports."""
