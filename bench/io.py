@@ -1,4 +1,4 @@
-"""Files that are whole or absent.
+"""Files that are whole or absent; hashes of files, moments and durations as text.
 
 A temporary file in the same folder, opened with ``O_EXCL`` -> write -> fsync -> ``os.replace`` -> fsync of the folder. After a crash
 at any instant the path holds the old bytes or the new ones, never a mixture; at worst a ``*.partial`` file is left beside it.
@@ -9,7 +9,9 @@ replaced by a plain file.
 
 from __future__ import annotations
 
+import datetime as dt
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -101,3 +103,22 @@ def fsync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def timestamp() -> str:
+    """The present moment in UTC, ISO 8601 with milliseconds. Timestamps sort as text, with those of whole seconds too."""
+    return dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as text, to about a percent: ``4.2 s``, ``42 s``, ``3.1 min``, ``12.5 h``."""
+    seconds = max(0.0, seconds)
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

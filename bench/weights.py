@@ -10,7 +10,6 @@ their caches, is compared with its published SHA-256 each time, so that a damage
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import pickle
 import re
 from collections import Counter
@@ -29,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bench.extras import install_command
+from bench.io import file_sha256
 
 State = dict[str, Tensor]
 
@@ -334,8 +334,7 @@ def check_sha256(path: Path, expected: str) -> None:
     Raises:
         ValueError: they differ.
     """
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(path)
     if not found.startswith(expected):
         found = found[: len(expected)]
         raise ValueError(f"{path.resolve()} is damaged: its sha256 starts with {found}, published is {expected}; delete it and run again")

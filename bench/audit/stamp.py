@@ -6,15 +6,13 @@ record; one that was changed afterwards has none.
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 from pathlib import Path
 from typing import Any
 
-from bench.io import write_json_atomic
+from bench.io import file_sha256, timestamp, write_json_atomic
 from bench.sweep.record import code_facts
 from bench.sweep.store import RECORD
-from bench.training.checkpoint import hash_file
 
 STAMP = "VERIFIED.json"
 MOST_BYTES = 1 << 16
@@ -32,9 +30,9 @@ def write_stamp(folder: Path, *, weights_sha256: str, largest_difference: float)
     code = code_facts()
     changed = {True: "", False: " with changes", None: ", changes unknown"}[code.clean if code.commit else True]
     content = {
-        "record_sha256": hash_file(folder / RECORD),
+        "record_sha256": file_sha256(folder / RECORD),
         "weights_sha256": weights_sha256,
-        "when": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "when": timestamp(),
         "by": f"bench {code.version}" + (f", commit {code.commit}{changed}" if code.commit else ""),
         "largest_difference": largest_difference,
     }
@@ -56,4 +54,4 @@ def read_stamp(folder: Path) -> dict[str, Any] | None:
 def is_verified(folder: Path) -> bool:
     """Whether a cell's folder carries the stamp of exactly the record that lies in it."""
     stamp = read_stamp(folder)
-    return stamp is not None and (folder / RECORD).is_file() and stamp.get("record_sha256") == hash_file(folder / RECORD)
+    return stamp is not None and (folder / RECORD).is_file() and stamp.get("record_sha256") == file_sha256(folder / RECORD)

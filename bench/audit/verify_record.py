@@ -31,6 +31,7 @@ from bench.evaluation.class_maps import EXAMPLES, AverageMaps, read_average_maps
 from bench.evaluation.invariance import TOLERANCE as INVARIANCE_TOLERANCE
 from bench.evaluation.metrics import compute_metrics
 from bench.evaluation.rows import Rows, read_rows
+from bench.io import file_sha256
 from bench.matrix import digest
 from bench.method import METHODS
 from bench.sweep.record import Record, parse_record
@@ -252,8 +253,7 @@ def _marker_problems(folder: Path, content: bytes) -> Iterator[Problem]:
 
 
 def _hash_problems(path: Path, field: str, recorded: str) -> Iterator[Problem]:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(path)
     if found != recorded:
         yield Problem(path, field, shown(recorded), f"the file has {found}", "this is not the file that the record was written with")
 

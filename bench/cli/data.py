@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bench.io import duration
+
 if TYPE_CHECKING:
     from bench.data.index import Index
     from bench.prepare.landmark_check import Agreement
@@ -355,7 +357,7 @@ def progress(console: Console, what: str, *, unit: str) -> Iterator[Callable[[in
 
     def pace(done: int, total: int, before: int) -> str:
         rate = (done - before) / max(time.monotonic() - began, 1e-9)
-        return f"{rate:.0f} {unit}/s, {_duration((total - done) / rate)} left" if rate > 0 else ""
+        return f"{rate:.0f} {unit}/s, {duration((total - done) / rate)} left" if rate > 0 else ""
 
     if not console.is_terminal:
         last = 0.0
@@ -394,12 +396,6 @@ def _print_findings(console: Console, index: Index, folder: Path) -> None:
     if len(index.bad_pictures) > _SHOWN_BAD:
         rest = len(index.bad_pictures) - _SHOWN_BAD
         console.print(f"... and {rest} more bad pictures, listed in {folder / 'report.json'}", style="yellow", markup=False, soft_wrap=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 def _megabytes(size: int) -> str:

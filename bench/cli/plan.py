@@ -8,6 +8,7 @@ import typer
 
 from bench.cli import launching, options
 from bench.cli.console import table_console
+from bench.io import duration
 
 if TYPE_CHECKING:
     from bench.sweep.estimate import Forecast, History
@@ -160,13 +161,6 @@ def _forecast_lines(told: Forecast | None, history: History, device: str) -> lis
             f"{'those with an estimate end' if known < total else 'all end'} after {duration(told.wall_seconds)}"
         )
     return lines
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words, to about a percent: 42 s, 3.1 min, 12.5 h."""
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def _range(numbers: list[int]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import math
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.data.batch import RawBatch, key_hash
 from bench.data.index import INDEX_NAME, Member, Shard, count_classes, hash_keys, load_index
+from bench.io import file_sha256
 from bench.registry import did_you_mean
 
 LANDMARKS = 68
@@ -106,8 +106,7 @@ class SplitSamples:
                 lost = next((key for key, end in ends if end > size), None)
                 raise self.damaged(shard, f"has {size} bytes where the index says {shard.bytes}", key=lost)
             if hashes:
-                with path.open("rb") as file:
-                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                sha256 = file_sha256(path)
                 if sha256 != shard.sha256:
                     raise self.damaged(
                         shard, f"its sha256 is {sha256[:16]}... where the index says {shard.sha256[:16]}...: its content has changed"

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import datetime as dt
 import json
 import logging
 import os
@@ -35,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.config import ConfigError, Settings, SlurmConfig
 from bench.extras import install_command
-from bench.io import write_json_atomic
+from bench.io import timestamp, write_json_atomic
 from bench.matrix import Planned
 from bench.runtime.interruption import REQUEUE
 
@@ -361,7 +360,7 @@ class Book:
 
     def add(self, jobs: Mapping[str, TrainingJob]) -> None:
         """Note jobs by their Slurm number."""
-        now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+        now = timestamp()
         new = {job.key: {"job": number, "label": job.label, "submitted": now} for number, job in jobs.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(self.path, {**self.read(), **new})

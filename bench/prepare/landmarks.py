@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import http.client
 import importlib
 import importlib.metadata
@@ -26,6 +25,7 @@ from PIL import Image
 
 from bench.dataset import Box
 from bench.extras import install_command
+from bench.io import file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -460,5 +460,4 @@ def _sha256_of(path: Path) -> str:
 @functools.lru_cache(maxsize=8)
 def _sha256(path: Path, _size: int, _modified: int) -> str:
     """Hash a file once per process, unless it changes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)

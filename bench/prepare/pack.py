@@ -43,7 +43,7 @@ from bench import __version__
 from bench.data.index import INDEX_NAME, REPORT_NAME, BadPicture, Index, Member, Shard, Split, count_classes, hash_keys, load_index
 from bench.data.verify import verify
 from bench.dataset import DATASETS, EXPRESSION_NAMES, EXPRESSIONS, SPLITS, BadPictureError, Dataset, Face, Item
-from bench.io import PARTIAL_SUFFIX, atomic_file, fsync_folder, write_bytes_atomic, write_json_atomic
+from bench.io import PARTIAL_SUFFIX, atomic_file, file_sha256, fsync_folder, write_bytes_atomic, write_json_atomic
 from bench.prepare.landmarks import Landmarker, describe_source, open_landmarker
 from bench.prepare.plausibility import check_plausible
 from bench.prepare.preparation import store_face
@@ -543,8 +543,7 @@ def _finished(job: _Job) -> _Record | None:
         path = job.out / job.shard_name
         if path.stat().st_size != record.shard.bytes:
             return None
-        with path.open("rb") as file:
-            return record if hashlib.file_digest(file, "sha256").hexdigest() == record.shard.sha256 else None
+        return record if file_sha256(path) == record.shard.sha256 else None
     except (FileNotFoundError, ValidationError):
         return None
 

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]  # its HTTP client's own
 
 from bench.audit.stamp import STAMP, is_verified
+from bench.io import file_sha256
 from bench.reporting.tables.evidence import load_runs
 from bench.reporting.tables.leaderboard import build_tables
 from bench.reporting.tables.ranking import rank
@@ -17,7 +18,6 @@ from bench.reporting.tables.references import Reference
 from bench.reporting.tables.render import render
 from bench.sweep.record import Record
 from bench.sweep.store import DONE, MAPS, RECORD, ROWS, read_marker, read_records
-from bench.training.checkpoint import hash_file
 
 _CARD = """---
 pretty_name: Class activation maps in facial expression recognition, records and leaderboard
@@ -125,5 +125,5 @@ def _check(copy: Path, record: Record, *, original: Path) -> None:
     if record.maps_sha256 is not None:
         said[MAPS] = record.maps_sha256
     for name, sha256 in said.items():
-        if hash_file(copy / name) != sha256:
+        if file_sha256(copy / name) != sha256:
             raise ValueError(f"{original / name} was changed since it was written: bench verify {original} says more. Nothing was sent")

@@ -7,7 +7,6 @@ records.
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 import logging
 import os
@@ -15,6 +14,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
+
+from bench.io import timestamp
 
 EVENTS_NAME = "events.jsonl"
 _TEXT = 250
@@ -38,7 +39,7 @@ class EventLog:
             "label": label,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "when": dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
+            "when": timestamp(),
             **{key: value[:_TEXT] if isinstance(value, str) else value for key, value in facts.items()},
         }
         try:

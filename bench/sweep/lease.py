@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime as dt
 import json
 import logging
 import os
@@ -34,6 +33,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.io import timestamp
 from bench.runtime.interruption import LeaseLostError
 
 CLOCK_NAME = "clock"
@@ -202,7 +202,7 @@ class Leases:
             "pid": os.getpid(),
             "started": process_start(os.getpid()) or 0,
             "world_size": world_size,
-            "since": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            "since": timestamp(),
             "label": label,
         }
         # The progress is the last value, with room behind it: it can be rewritten in place and the whole stays JSON.

@@ -6,7 +6,6 @@ Several runs may work on one results folder at once: see `bench.sweep.lease`.
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 import logging
 import os
 import socket
@@ -24,6 +23,7 @@ from bench.data.readers import open_reader
 from bench.evaluation.evaluator import Evaluated, Unusable, accuracy, count_macs, evaluate
 from bench.evaluation.measures import choice_of
 from bench.evaluation.metrics import compute_metrics
+from bench.io import timestamp
 from bench.matrix import Cell, Planned, Training
 from bench.method import Classifier
 from bench.prepare.preparation import preparation_of
@@ -387,7 +387,7 @@ class _Sweep:
         failure = {
             "error": message,
             "traceback": traceback.format_exception(error),
-            "when": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            "when": timestamp(),
             "where": f"{socket.gethostname()}:{os.getpid()}",
             "process": self.engine.rank,
         }
@@ -509,7 +509,7 @@ def _record(cell: Cell, result: Evaluated, facts: _Facts, *, hashes: Hashes) -> 
             "map_seconds_per_image": result.map_seconds_per_image,
         },
         seeds={"seed": training.seed, **{role: training.derived_seed(role) for role in ("init", "data", "step")}},
-        finished=dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
+        finished=timestamp(),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from bench.config import SweepConfig
+from bench.io import duration
 from bench.matrix import Cell, Matrix, Training
 from bench.sweep.lease import Holder, read_leases
 from bench.sweep.store import Store
@@ -138,11 +139,3 @@ def _time(path: Path) -> float | None:
 def elapsed(since: str) -> str:
     """Time since an ISO 8601 moment, in the largest unit that fits: ``45 s``, ``12 min``, ``3.5 h``."""
     return duration((dt.datetime.now(dt.UTC) - dt.datetime.fromisoformat(since)).total_seconds())
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the largest unit that fits."""
-    seconds = max(0.0, seconds)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -23,10 +23,10 @@ from typing import Any, Literal, NamedTuple
 
 from bench.evaluation.class_maps import AverageMaps, write_average_maps
 from bench.evaluation.rows import Rows, read_rows, write_rows
-from bench.io import PARTIAL_SUFFIX, fsync_folder, temporary_folder, write_bytes_atomic, write_json_atomic
+from bench.io import PARTIAL_SUFFIX, file_sha256, fsync_folder, temporary_folder, write_bytes_atomic, write_json_atomic
 from bench.matrix import Cell, Planned, Training
 from bench.sweep.record import Record, parse_record
-from bench.training.checkpoint import DamagedCheckpointError, check_checkpoint, hash_file, newest_checkpoint
+from bench.training.checkpoint import DamagedCheckpointError, check_checkpoint, newest_checkpoint
 from bench.training.trainer import TRAINED, read_trained, selected_weights
 
 _log = logging.getLogger(__name__)
@@ -159,13 +159,13 @@ class Store:
         try:
             write_rows(temporary / ROWS, rows)
             write_average_maps(temporary / MAPS, maps)
-            record = make_record(Hashes(rows=hash_file(temporary / ROWS), maps=hash_file(temporary / MAPS)))
+            record = make_record(Hashes(rows=file_sha256(temporary / ROWS), maps=file_sha256(temporary / MAPS)))
             write_bytes_atomic(temporary / RECORD, (record.model_dump_json(indent=2) + "\n").encode())
             if final.exists():
                 shutil.rmtree(final)
             temporary.rename(final)
             fsync_folder(final.parent)
-            marker = (hash_file(final / RECORD), cell.key, str((final / RECORD).stat().st_size))
+            marker = (file_sha256(final / RECORD), cell.key, str((final / RECORD).stat().st_size))
             write_bytes_atomic(final / DONE, ("\n".join(marker) + "\n").encode())
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bench.io import follow_umask, fsync_folder, temporary_folder
+from bench.io import file_sha256, follow_umask, fsync_folder, temporary_folder
 
 SCHEMA = 1
 ASIDE = "aside-"
@@ -74,7 +74,7 @@ def save_checkpoint(
             path = temporary / f"{stem}.safetensors"
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}, path)
             follow_umask(path)
-            hashes[path.name] = hash_file(path)
+            hashes[path.name] = file_sha256(path)
             _sync_file(path)
         path = temporary / "state.json"
         path.write_text(json.dumps({**state, "schema_version": SCHEMA, "files": hashes}), encoding="utf-8")
@@ -172,7 +172,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
             raise DamagedCheckpointError(f"checkpoint {folder} has schema version {state.get('schema_version')}, this bench reads {SCHEMA}")
         for name, expected in files.items():
             try:
-                sha256 = hash_file(folder / name)
+                sha256 = file_sha256(folder / name)
             except (FileNotFoundError, IsADirectoryError) as error:
                 raise DamagedCheckpointError(f"{damaged}: {name} is missing") from error
             if sha256 != expected:
@@ -210,12 +210,6 @@ def hash_weights(module: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from bench.data.transforms import eval_images
 from bench.evaluation.class_maps import SIDE, AverageMaps, ClassSums, read_average_maps, write_average_maps
 from bench.evaluation.maps import min_max, read_maps, upsample
+from bench.io import file_sha256
 from bench.runtime.engine import Engine
 from bench.sweep.store import MAPS, read_records
-from bench.training.checkpoint import hash_file
 from bench.training.guidance import layer_attention
 
 LABELS = torch.tensor([2, 0, 0, 2, 0, 2, 2])
@@ -92,7 +92,7 @@ def test_another_batch_size_moves_a_byte_by_one_at_most(make_method, evaluated):
 def test_a_record_names_the_hash_of_its_maps(go, project):
     go(run__guidance=["none"])
     ((folder, record),) = read_records(project / "results")
-    assert hash_file(folder / MAPS) == record.maps_sha256
+    assert file_sha256(folder / MAPS) == record.maps_sha256
     assert read_average_maps(folder / MAPS).count.sum() == record.data.samples
 
 

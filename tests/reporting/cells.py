@@ -11,8 +11,8 @@ from bench.data.index import hash_keys
 from bench.evaluation.class_maps import SIDE, AverageMaps, write_average_maps
 from bench.evaluation.metrics import compute_metrics
 from bench.evaluation.rows import Rows, write_rows
+from bench.io import file_sha256
 from bench.sweep.record import CellName, CodeFacts, DataFacts, Record
-from bench.training.checkpoint import hash_file
 
 CLASSES = ("neutral", "happiness", "sadness")
 SAMPLES = 12
@@ -116,8 +116,8 @@ def write_cell(
         ],
         processes=None,
         weights_sha256="w",
-        rows_sha256=hash_file(folder / "samples.parquet"),
-        maps_sha256=hash_file(folder / "maps.safetensors") if maps else None,
+        rows_sha256=file_sha256(folder / "samples.parquet"),
+        maps_sha256=file_sha256(folder / "maps.safetensors") if maps else None,
         code=CodeFacts(
             version="0", commit=None, clean=None, dirty_diff_sha256=None, source_sha256=None, entries={}, libraries={"torch": "2"}
         ),
@@ -127,7 +127,7 @@ def write_cell(
         finished="2026-11-20T00:00:00+00:00",
     )
     (folder / "record.json").write_text(record.model_dump_json())
-    (folder / "DONE").write_text(f"{hash_file(folder / 'record.json')}\n")
+    (folder / "DONE").write_text(f"{file_sha256(folder / 'record.json')}\n")
     return folder
 
 

@@ -187,7 +187,7 @@ def test_weights_that_may_not_be_read_fail_the_cell_and_stay_where_they_are(go, 
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("bench.training.checkpoint.hash_file", refuse)
+    monkeypatch.setattr("bench.training.checkpoint.file_sha256", refuse)
     (reason,) = go(**ONE).failed.values()
     assert "cannot be read: Permission denied" in reason
     assert "damaged" not in reason

@@ -114,7 +114,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_keeps_the_one_before(go, results, m
     assert not go(run__guidance=["none"], train__epochs=4, train__select_every=4).failed
 
 
-@pytest.mark.parametrize("what", ["write_rows", "write_average_maps", "write_bytes_atomic", "hash_file", "fsync_folder"])
+@pytest.mark.parametrize("what", ["write_rows", "write_average_maps", "write_bytes_atomic", "file_sha256", "fsync_folder"])
 def test_a_disk_that_is_full_at_a_record_leaves_nothing_of_it_and_the_others_go_on(go, results, monkeypatch, what):
     real = getattr(store, what)
 

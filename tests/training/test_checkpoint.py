@@ -130,7 +130,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch)
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(checkpoint, "hash_file", refuse)
+    monkeypatch.setattr(checkpoint, "file_sha256", refuse)
     with pytest.raises(
         PermissionError, match=rf"00000001 cannot be read: Permission denied: .*model\.safetensors.* chmod -R g\+rwX {tmp_path}"
     ):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.evaluation.class_maps import AverageMaps, read_average_maps
+from bench.io import file_sha256
 from bench.sweep.record import Record
 from bench.sweep.store import MAPS
-from bench.training.checkpoint import hash_file
 
 
 def maps_of(folder: Path, record: Record) -> AverageMaps | None:
@@ -21,7 +21,7 @@ def maps_of(folder: Path, record: Record) -> AverageMaps | None:
     path = folder / MAPS
     if not path.is_file():
         raise ValueError(f"{path} is missing, though the record beside it has its hash: bring it back, or run the cell again")
-    if hash_file(path) != record.maps_sha256:
+    if file_sha256(path) != record.maps_sha256:
         raise ValueError(f"{path} is not the file its record was written with: one of them was changed; see bench verify {folder}")
     maps = read_average_maps(path)
     for name, found, wanted in maps.misfits(classes=len(record.data.classes), examples=len(maps.example_position)):

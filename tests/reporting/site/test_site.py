@@ -15,6 +15,7 @@ from PIL import Image
 
 from bench.data.index import load_index
 from bench.evaluation.class_maps import read_average_maps, write_average_maps
+from bench.io import file_sha256
 from bench.prepare.pack import prepare
 from bench.reporting.site import write
 from bench.reporting.site.figures import draw_strip
@@ -24,7 +25,6 @@ from bench.reporting.tables.leaderboard import build_tables
 from bench.reporting.tables.references import load_reference
 from bench.reporting.tables.render import show
 from bench.sweep.store import read_records
-from bench.training.checkpoint import hash_file
 from tests.reporting.cells import CLASSES, SAMPLES, write_cell, write_matrix
 
 
@@ -203,10 +203,10 @@ def test_an_error_half_way_leaves_the_old_site(tmp_path, monkeypatch):
 def test_maps_of_another_form_are_refused_though_their_hash_fits(tmp_path):
     cell = write_cell(tmp_path / "results")
     path, record = cell / "maps.safetensors", cell / "record.json"
-    before = hash_file(path)
+    before = file_sha256(path)
     maps = read_average_maps(path)
     write_average_maps(path, dataclasses.replace(maps, example_attention=maps.example_attention[:-1]))
-    record.write_text(record.read_text().replace(before, hash_file(path)))
+    record.write_text(record.read_text().replace(before, file_sha256(path)))
     with pytest.raises(ValueError, match=r"'example_attention' is uint8 \(2, 32, 32\), it should be uint8 \(3, 32, 32\)"):
         make(tmp_path / "results", tmp_path / "site")
 
