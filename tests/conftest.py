@@ -19,8 +19,7 @@ from bench.cli.main import main
 from bench.config import load_settings
 from bench.runtime.engine import Engine
 from bench.runtime.observer import LogObserver
-from bench.sweep.datasets import prepare_missing
-from bench.sweep.plan import make_plan
+from bench.sweep.plan import make_plan, ready_plan
 from bench.sweep.run import Outcome, run_plan
 
 # A busy machine is no error of a test: nothing depends on how long an example takes. What fails in CI fails again there.
@@ -168,10 +167,8 @@ def go(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]
 
     def run(**flags: object) -> Outcome:
         settings = load_settings(environ={}, flags={key.replace("__", "."): value for key, value in flags.items()})
-        plan = make_plan(settings)
-        prepare_missing(plan.sources.values(), observer=LogObserver(), plugins=())
-        engine = Engine(train=settings.config.train, device="cpu")
-        return run_plan(make_plan(settings), engine=engine, observer=LogObserver())
+        plan = ready_plan(make_plan(settings), observer=LogObserver())
+        return run_plan(plan, engine=Engine(train=settings.config.train, device="cpu"), observer=LogObserver())
 
     return run
 
@@ -214,8 +211,8 @@ def finish(folder: Path, settings_file: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         settings = load_settings(environ={})
-        prepare_missing(make_plan(settings).sources.values(), observer=LogObserver(), plugins=())
-        outcome = run_plan(make_plan(settings), engine=Engine(train=settings.config.train, device="cpu"), observer=LogObserver())
+        plan = ready_plan(make_plan(settings), observer=LogObserver())
+        outcome = run_plan(plan, engine=Engine(train=settings.config.train, device="cpu"), observer=LogObserver())
     assert not outcome.failed
     return folder
 

@@ -24,18 +24,15 @@ class ComparisonFormat(StrEnum):
 SIDE = "a cell's folder or record.json, a results folder, or a selector: cam/au, or method=cam,guidance=au"
 
 
+@options.expanded
 def compare(
-    context: typer.Context,
     one: Annotated[str, typer.Argument(metavar="A", help=f"What to compare: {SIDE}.")],
     other: Annotated[str, typer.Argument(metavar="B", help="With what: the same.")],
-    results: options.Results = None,
     fmt: Annotated[ComparisonFormat, typer.Option("--format", help="table, md or json.")] = ComparisonFormat.TABLE,
     classes: Annotated[bool, typer.Option(help="Also show the differences of each class.")] = True,
     out: Annotated[Path | None, typer.Option(help="Write to a file instead.")] = None,
-    config: options.ConfigFile = None,
-    profile: options.Profile = None,
-    sets: options.Sets = None,
-    plugins: options.Plugins = None,
+    *,
+    flags: options.ResultsFlags,
 ) -> None:
     """Compare two cells, sets of cells or results folders on the same samples: differences, intervals, p values, in words.
 
@@ -50,7 +47,7 @@ def compare(
 
     if fmt is ComparisonFormat.TABLE and out is not None:
         raise ValueError("--out needs a file format: --format md or json")
-    root = options.settings_from(context).config.run.results
+    root = flags.settings().config.run.results
     matched, alone = match(find_side(one, results=root), find_side(other, results=root))
     comparisons = compare(matched)
     if fmt is ComparisonFormat.TABLE:

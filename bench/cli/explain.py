@@ -52,7 +52,7 @@ def explain(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, or cpu to leave accelerators alone.")] = "auto",
+    device: options.Device = "auto",
     plugins: options.Plugins = None,
 ) -> None:
     """Show what a trained network sees in pictures: prediction, overlays of all maps, and explanation.json with the figures.
@@ -61,6 +61,7 @@ def explain(
     """
     from rich.console import Console
 
+    from bench.launch.request import parse_device
     from bench.registry import load_plugin
     from bench.reporting.pictures.explain import (
         REPORT,
@@ -74,8 +75,6 @@ def explain(
     from bench.reporting.pictures.explain import explain as explain_pictures
     from bench.runtime.engine import Engine
 
-    if device not in ("auto", "cpu"):
-        raise ValueError(f"--device {device}: use auto or cpu")
     for plugin in plugins or ():
         load_plugin(plugin)
     restored = open_training(checkpoint)
@@ -105,7 +104,7 @@ def explain(
         classes=classes or (),
         landmarks=source,
         align=align,
-        device=Engine(device="cpu" if device == "cpu" else "auto").device,
+        device=Engine(device=parse_device(device)).device,
         out=out,
         failed=failed,
     ):

@@ -7,27 +7,15 @@ from typing import Annotated
 
 import typer
 
-from bench.cli import options
+from bench.cli.options import SettingsFlags, expanded
 
 
+@expanded
 def gallery(
-    context: typer.Context,
+    flags: SettingsFlags,
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("gallery.png"),
     skip: Annotated[int, typer.Option(min=0, help="Leave out so many faces of each expression first.")] = 0,
     cell: Annotated[int, typer.Option(min=24, help="Side of each little picture, in pixels.")] = 72,
-    methods: options.Methods = None,
-    datasets: options.Datasets = None,
-    backbones: options.Backbones = None,
-    guidance: options.Guidance = None,
-    seeds: options.Seeds = None,
-    variant: options.Variant = None,
-    protocol: options.Protocol = None,
-    results: options.Results = None,
-    data: options.Data = None,
-    config: options.ConfigFile = None,
-    profile: options.Profile = None,
-    sets: options.Sets = None,
-    plugins: options.Plugins = None,
 ) -> None:
     """Draw one test face per expression, its AU map and the map of every method, of the first dataset and seed of a run.
 
@@ -39,7 +27,7 @@ def gallery(
     from bench.reporting.pictures.gallery import choose_faces, draw_gallery
     from bench.sweep.plan import make_plan
 
-    settings = options.settings_from(context)
+    settings = flags.settings()
     plan = make_plan(settings, trial=False)
     name, seed = settings.config.run.datasets[0], settings.config.run.seeds[0]
     source = plan.sources[name]

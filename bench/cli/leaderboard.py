@@ -35,19 +35,16 @@ class ShownColumns(StrEnum):
     ALL = "all"
 
 
+@options.expanded
 def leaderboard(
-    context: typer.Context,
-    results: options.Results = None,
     fmt: Annotated[TableFormat, typer.Option("--format", help="table, md, csv, json or latex.")] = TableFormat.TABLE,
     columns: Annotated[
         ShownColumns, typer.Option(help="metrics; with measures, cost, or all: further tables. csv and json hold everything.")
     ] = ShownColumns.METRICS,
     reference: options.Reference = None,
     out: Annotated[Path | None, typer.Option(help="Write to a file instead.")] = None,
-    config: options.ConfigFile = None,
-    profile: options.Profile = None,
-    sets: options.Sets = None,
-    plugins: options.Plugins = None,
+    *,
+    flags: options.ResultsFlags,
 ) -> None:
     """Print the leaderboard of a results folder: without and with AU guidance side by side, mean and deviation over seeds.
 
@@ -60,7 +57,7 @@ def leaderboard(
     from bench.reporting.tables.references import load_reference
     from bench.reporting.tables.render import render
 
-    settings = options.settings_from(context)
+    settings = flags.settings()
     root = settings.config.run.results
     beside = None if reference is None else load_reference(reference)
     if fmt is TableFormat.TABLE:

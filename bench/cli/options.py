@@ -1,9 +1,13 @@
-"""Options shared by several verbs, declared once, and what they become."""
+"""Options that several verbs share, declared once, and what they become."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -12,61 +16,165 @@ if TYPE_CHECKING:
 
 MATRIX = "The matrix"
 SETTINGS = "Settings"
+PROCESSES = "Processes"
 
-Methods = Annotated[str | None, typer.Option(help="Methods, comma-separated; 'all', 'everything'.", rich_help_panel=MATRIX)]
-Datasets = Annotated[str | None, typer.Option(help="Datasets: names, or paths of prepared folders.", rich_help_panel=MATRIX)]
-Backbones = Annotated[str | None, typer.Option(help="Backbones; each method runs on those it can take.", rich_help_panel=MATRIX)]
-Guidance = Annotated[str | None, typer.Option(help="none, au, or none,au.", rich_help_panel=MATRIX)]
-Seeds = Annotated[str | None, typer.Option(help="Seeds: 0,1,2 or 0-4.", rich_help_panel=MATRIX)]
-Variant = Annotated[str | None, typer.Option(help="paper or official.", rich_help_panel=MATRIX)]
-Protocol = Annotated[str | None, typer.Option(help="val or test-selected.", rich_help_panel=MATRIX)]
-Metrics = Annotated[
-    str | None, typer.Option(help="Optional measures of the maps, comma-separated; 'all'. See docs/metrics.md.", rich_help_panel=MATRIX)
-]
-Engine = Annotated[str | None, typer.Option("--engine", help="ddp or deepspeed: short for --set train.engine=.", rich_help_panel=SETTINGS)]
 Results = Annotated[Path | None, typer.Option(help="Results folder.", rich_help_panel=SETTINGS)]
 Data = Annotated[Path | None, typer.Option(help="Folder of prepared datasets.", rich_help_panel=SETTINGS)]
-Reference = Annotated[str | None, typer.Option(help="Published figures to put beside ours: paper, or a .json file.")]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="TOML file [default: bench.toml here, if there is one].", rich_help_panel=SETTINGS)
+    Path | None, typer.Option("--config", help="TOML file (default: bench.toml here, if there is one).", rich_help_panel=SETTINGS)
 ]
 Profile = Annotated[str | None, typer.Option(help="Named set of values: quick, paper, or your own.", rich_help_panel=SETTINGS)]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Any setting: --set train.lr=0.01. Repeatable.", rich_help_panel=SETTINGS)]
 Plugins = Annotated[
     list[str] | None, typer.Option("--plugin", help="Module or .py file that registers entries. Repeatable.", rich_help_panel=SETTINGS)
 ]
+Reference = Annotated[str | None, typer.Option(help="Published figures to show beside ours: paper, or a .json file.")]
+Device = Annotated[str, typer.Option(help="auto, or cpu to use no accelerator.")]
+Nproc = Annotated[
+    int | None, typer.Option(help="Processes on this node (default: one per accelerator, else 1).", rich_help_panel=PROCESSES)
+]
+Nnodes = Annotated[int, typer.Option(help="Nodes; type the same command on each.", rich_help_panel=PROCESSES)]
+ProcsPerTraining = Annotated[
+    int | None,
+    typer.Option(help="Processes of one training; several trainings then run side by side on this node.", rich_help_panel=PROCESSES),
+]
 
 
-MATRIX_FLAGS = ("methods", "datasets", "backbones", "guidance", "seeds", "variant", "protocol", "results", "data")
+class _Flags:
+    """Flags that name a file and a profile, and give settings."""
+
+    results: Results
+    config: ConfigFile
+    profile: Profile
+    sets: Sets
+    plugins: Plugins
+
+    def settings(self, **more: Any) -> Settings:
+        """Load the plugins, then merge all layers of settings with the flags that were given.
+
+        Args:
+            more: settings that further flags of the verb give, as ``train__engine``; None = not given.
+
+        Raises:
+            ValueError: see `bench.config.load_settings`.
+        """
+        from bench.config import load_settings, parse_integers
+        from bench.registry import load_plugin
+
+        for plugin in self.plugins or ():
+            load_plugin(plugin)
+        flags: dict[str, Any] = {key.replace("__", "."): value for key, value in more.items()}
+        for key, name, parse in (
+            ("run.methods", "methods", split_list),
+            ("run.datasets", "datasets", split_list),
+            ("run.backbones", "backbones", split_list),
+            ("run.guidance", "guidance", split_list),
+            ("run.seeds", "seeds", lambda text: parse_integers(text, origin=f"--seeds {text}")),
+            ("run.variant", "variant", None),
+            ("run.protocol", "protocol", None),
+            ("run.results", "results", None),
+            ("run.data", "data", None),
+            ("evaluation.measures", "metrics", split_list),
+        ):
+            value = getattr(self, name, None)
+            flags[key] = value if value is None or parse is None else parse(value)
+        given = {key: value for key, value in flags.items() if value is not None}
+        return load_settings(file=self.config, profile=self.profile, sets=self.sets or (), flags=given)
 
 
-def settings_from(context: typer.Context) -> Settings:
-    """Load plugins, then merge all layers of settings, with the flags of the running command that were given.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResultsFlags(_Flags):
+    """The options of verbs that read a results folder: where it is, and what else the file says."""
 
-    Raises:
-        ValueError: whatever cannot be, see `bench.config.load_settings`.
+    results: Results = None
+    config: ConfigFile = None
+    profile: Profile = None
+    sets: Sets = None
+    plugins: Plugins = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SettingsFlags(_Flags):
+    """The options that decide the settings of a run: the same for ``run``, ``plan``, ``status`` and ``gallery``."""
+
+    methods: Annotated[str | None, typer.Option(help="Methods, comma-separated; 'all', 'everything'.", rich_help_panel=MATRIX)] = None
+    datasets: Annotated[str | None, typer.Option(help="Datasets: names, or paths of prepared folders.", rich_help_panel=MATRIX)] = None
+    backbones: Annotated[str | None, typer.Option(help="Backbones; each method runs on those it can take.", rich_help_panel=MATRIX)] = None
+    guidance: Annotated[str | None, typer.Option(help="none, au, or none,au.", rich_help_panel=MATRIX)] = None
+    seeds: Annotated[str | None, typer.Option(help="Seeds: 0,1,2 or 0-4.", rich_help_panel=MATRIX)] = None
+    variant: Annotated[str | None, typer.Option(help="paper or official.", rich_help_panel=MATRIX)] = None
+    protocol: Annotated[str | None, typer.Option(help="val or test-selected.", rich_help_panel=MATRIX)] = None
+    metrics: Annotated[
+        str | None, typer.Option(help="Optional measures of the maps, comma-separated; 'all'. See docs/metrics.md.", rich_help_panel=MATRIX)
+    ] = None
+    results: Results = None
+    data: Data = None
+    config: ConfigFile = None
+    profile: Profile = None
+    sets: Sets = None
+    plugins: Plugins = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessFlags:
+    """The options of ``bench run`` that decide how processes are started; no child process gets them."""
+
+    launcher: Annotated[
+        str,
+        typer.Option(
+            help="auto: join the processes this one was started with, else torchrun if there are several accelerators, else inline (this "
+            "process alone). slurm: submit a job for each training.",
+            rich_help_panel=PROCESSES,
+        ),
+    ] = "auto"
+    nproc: Nproc = None
+    nnodes: Nnodes = 1
+    procs_per_training: ProcsPerTraining = None
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(help="HOST:PORT of one of the nodes, where all nodes meet.", rich_help_panel=PROCESSES)
+    ] = None
+    rdzv_id: Annotated[
+        str | None, typer.Option(help="Name of this run for the nodes (default: a hash of the settings).", rich_help_panel=PROCESSES)
+    ] = None
+    rdzv_timeout: Annotated[int, typer.Option(help="Seconds for all nodes to come together.", rich_help_panel=PROCESSES)] = 600
+    max_restarts: Annotated[int, typer.Option(help="Times that processes are restarted after a crash.", rich_help_panel=PROCESSES)] = 3
+    share_devices: Annotated[
+        bool, typer.Option("--share-devices", help="Also use devices on which other programs compute.", rich_help_panel=PROCESSES)
+    ] = False
+
+
+def split_list(text: str | None) -> list[str] | None:
+    """The parts of a comma-separated option; None where the option was not given."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of its dataclass parameters: each field becomes an option, and the command receives the dataclass.
+
+    Typer reads options off a signature; so does this, and writes the longer signature.
     """
-    from bench.config import load_settings
-    from bench.registry import load_plugin
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, type] = {}
+    parameters = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        kind = hints[name]
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            groups[name] = kind
+            types = get_type_hints(kind, include_extras=True)
+            parameters += [
+                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=types[field.name])
+                for field in dataclasses.fields(kind)
+            ]
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind))
 
-    given = context.params
-    for plugin in given.get("plugins") or ():
-        load_plugin(plugin)
-    flags = {f"run.{name}": _value(name, given[name]) for name in MATRIX_FLAGS if given.get(name) is not None}
-    if given.get("metrics") is not None:
-        flags["evaluation.measures"] = _value("metrics", given["metrics"])
-    if given.get("engine_name") is not None:
-        flags["train.engine"] = given["engine_name"]
-    return load_settings(file=given.get("config"), profile=given.get("profile"), sets=given.get("sets") or (), flags=flags)
+    @functools.wraps(command)
+    def call(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
+        command(**values)
 
-
-def _value(name: str, value: str | Path) -> Any:
-    if isinstance(value, Path):
-        return value
-    if name == "seeds":
-        from bench.config import parse_integers
-
-        return parse_integers(value, origin=f"--seeds {value}")
-    if name in ("methods", "datasets", "backbones", "guidance", "metrics"):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return value
+    del call.__wrapped__  # it would lead to the short signature
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.cli import launching, options
 from bench.cli.console import table_console
+from bench.cli.options import Nnodes, Nproc, ProcsPerTraining, SettingsFlags, expanded
 from bench.io import duration
 
 if TYPE_CHECKING:
@@ -15,26 +15,13 @@ if TYPE_CHECKING:
     from bench.sweep.plan import Plan
 
 
+@expanded
 def plan(
-    context: typer.Context,
-    methods: options.Methods = None,
-    datasets: options.Datasets = None,
-    backbones: options.Backbones = None,
-    guidance: options.Guidance = None,
-    seeds: options.Seeds = None,
-    variant: options.Variant = None,
-    protocol: options.Protocol = None,
-    metrics: options.Metrics = None,
-    results: options.Results = None,
-    data: options.Data = None,
-    config: options.ConfigFile = None,
-    profile: options.Profile = None,
-    sets: options.Sets = None,
-    plugins: options.Plugins = None,
+    flags: SettingsFlags,
     origins: Annotated[bool, typer.Option("--origins", help="Show every setting and where it comes from.")] = False,
-    nproc: launching.Nproc = None,
-    nnodes: launching.Nnodes = 1,
-    procs_per_training: launching.ProcsPerTraining = None,
+    nproc: Nproc = None,
+    nnodes: Nnodes = 1,
+    procs_per_training: ProcsPerTraining = None,
     on: Annotated[
         str | None, typer.Option(help="Estimate for this device, as records name it (default: this machine's).", metavar="DEVICE")
     ] = None,
@@ -46,7 +33,7 @@ def plan(
     """
     from bench.sweep.plan import make_plan
 
-    settings = options.settings_from(context)
+    settings = flags.settings()
     processes, groups = _split(nproc, nnodes, procs_per_training)
     made = make_plan(settings, world_size=processes)
     if origins:
@@ -57,9 +44,10 @@ def plan(
 def _split(nproc: int | None, nnodes: int, procs_per_training: int | None) -> tuple[int, int]:
     """Processes of a training, and trainings at once, as ``bench run`` would have it with these flags on such nodes."""
     from bench.launch import devices
-    from bench.launch.choice import Wanted, choose
+    from bench.launch.choice import choose
+    from bench.launch.request import Processes
 
-    wanted = Wanted(
+    wanted = Processes(
         launcher="torchrun",
         nproc=nproc,
         nnodes=nnodes,

@@ -11,8 +11,8 @@ from bench.cli import options
 from bench.cli.leaderboard import existing
 
 
+@options.expanded
 def publish(
-    context: typer.Context,
     site: Annotated[Path | None, typer.Option(help="Make a static site in this folder; it opens from disk.", file_okay=False)] = None,
     faces: Annotated[
         bool, typer.Option("--faces", help="Site: show faces that are not the project's own, too. Their licence may forbid to publish it.")
@@ -20,12 +20,9 @@ def publish(
     hub: Annotated[str | None, typer.Option(help="Push records and tables, no weights, to this dataset repository: OWNER/NAME.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Hub: make the repository a private one, if it is new.")] = False,
     reference: options.Reference = None,
-    results: options.Results = None,
     data: options.Data = None,
-    config: options.ConfigFile = None,
-    profile: options.Profile = None,
-    sets: options.Sets = None,
-    plugins: options.Plugins = None,
+    *,
+    flags: options.ResultsFlags,
 ) -> None:
     """Make a site of a results folder, or push it to the Hugging Face Hub."""
     from rich.console import Console
@@ -38,7 +35,7 @@ def publish(
         raise ValueError("--faces is about the pictures of a site: give --site DIR, too")
     if private and hub is None:
         raise ValueError("--private is about a repository of the hub: give --hub OWNER/NAME, too")
-    run = options.settings_from(context).config.run
+    run = flags.settings(run__data=data).config.run
     results_folder = existing(run.results)
     beside = None if reference is None else load_reference(reference)
     console = Console(soft_wrap=True)

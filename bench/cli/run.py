@@ -3,53 +3,46 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from bench.cli import launching, options
+from bench.cli.options import Device, ProcessFlags, SettingsFlags, expanded, split_list
 
 if TYPE_CHECKING:
+    from bench.launch.choice import Launch
+    from bench.launch.request import RunRequest
     from bench.runtime.engine import Engine
+    from bench.runtime.interruption import StopRequest
     from bench.runtime.observer import Observer
     from bench.sweep.plan import Plan
-    from bench.sweep.run import Outcome
+
+NOT_FOR_CHILDREN = frozenset({*ProcessFlags.__dataclass_fields__, "dry_run", "only", "wait"})
+"""Options that are no part of `RunRequest.command`."""
 
 
+@expanded
 def run(
     context: typer.Context,
-    methods: options.Methods = None,
-    datasets: options.Datasets = None,
-    backbones: options.Backbones = None,
-    guidance: options.Guidance = None,
-    seeds: options.Seeds = None,
-    variant: options.Variant = None,
-    protocol: options.Protocol = None,
-    metrics: options.Metrics = None,
-    results: options.Results = None,
-    data: options.Data = None,
-    config: options.ConfigFile = None,
-    profile: options.Profile = None,
-    sets: options.Sets = None,
-    plugins: options.Plugins = None,
+    flags: SettingsFlags,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan only.")] = False,
-    engine_name: options.Engine = None,
+    engine_name: Annotated[str | None, typer.Option("--engine", help="ddp or deepspeed: short for --set train.engine=.")] = None,
     track: Annotated[str | None, typer.Option(help="Trackers: tensorboard, wandb (comma-separated).")] = None,
-    device: Annotated[str, typer.Option(help="auto, or cpu to leave accelerators alone.")] = "auto",
-    timeout: Annotated[int, typer.Option(help="Seconds after which a lost process makes the others fail.")] = 1800,
-    wait: Annotated[bool, typer.Option(help="Wait in the end for what other runs on the same results folder work on.")] = True,
-    only: Annotated[str | None, typer.Option(help="Keys of trainings as bench plan shows them, comma-separated: run these alone.")] = None,
-    launcher: launching.Launcher = "auto",
-    nproc: launching.Nproc = None,
-    nnodes: launching.Nnodes = 1,
-    procs_per_training: launching.ProcsPerTraining = None,
-    rdzv_endpoint: launching.RdzvEndpoint = None,
-    rdzv_id: launching.RdzvId = None,
-    rdzv_timeout: launching.RdzvTimeout = 600,
-    max_restarts: launching.MaxRestarts = 3,
-    share_devices: launching.ShareDevices = False,
+    device: Device = "auto",
+    timeout: Annotated[int, typer.Option(help="Seconds after which a lost process makes the remaining ones fail.")] = 1800,
+    wait: Annotated[
+        bool | None,
+        typer.Option(
+            help="Wait at the end for trainings that other runs work on (default), or for Slurm jobs (default: do not wait).",
+            show_default=False,
+        ),
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Keys of trainings as bench plan shows them, comma-separated: run only these.")] = None,
+    *,
+    processes: ProcessFlags,
 ) -> None:
     """Train and evaluate every cell that is not done, then print the leaderboard.
 
@@ -58,96 +51,141 @@ def run(
     Under torchrun or accelerate launch all processes work on each training together.
 
     SIGTERM, SIGUSR1 or Ctrl-C: the step at hand is finished and saved, and the run ends with status 75, which asks to be started again. A
-    second one ends it at once. Other statuses: 0 done, 1 some cells failed, 2 the request cannot be carried out.
+    second signal ends the run at once. Statuses: 0 all done, 1 some cells failed, 2 the request cannot be carried out.
     """
-    from bench.runtime.interruption import REQUEUE, BrokenWorldError, EverywhereError, StoppedError, StopRequest
+    import dataclasses
 
-    settings = options.settings_from(context)
-    if device not in ("auto", "cpu"):
-        raise ValueError(f"--device {device}: use auto or cpu")
-    if launcher == "slurm":
+    from bench.launch.request import Processes, RunRequest, parse_device
+    from bench.runtime.interruption import REQUEUE, StopRequest
+
+    settings = flags.settings(train__engine=engine_name)
+    request = RunRequest(
+        settings=settings,
+        plugins=tuple(flags.plugins or ()),
+        only=tuple(only.split(",") if only else ()),
+        device=parse_device(device),
+        trackers=tuple(split_list(track) or ()),
+        timeout_s=timeout,
+        wait=wait,
+        processes=Processes(**dataclasses.asdict(processes)),
+        command=tuple(child_command(context, without=NOT_FOR_CHILDREN)),
+    )
+    if request.processes.launcher == "slurm":
         from bench.cli.slurm import run_by_slurm
 
-        run_by_slurm(context, settings)
+        run_by_slurm(request, dry_run=dry_run)
         return
     stop = StopRequest()
     with stop.on_signals():  # from here on: what is imported for the plan takes seconds
-        from bench.runtime.engine import Engine
-        from bench.sweep.plan import make_plan
+        from bench.launch.report import wanted
+        from bench.launch.start import choose_launch
 
-        launch = launching.choose_launch(context)
-        chosen = tuple(only.split(",") if only else ())
-        # Who has started this process has tried everything.
-        made = make_plan(settings, world_size=launch.world_size, only=chosen, trial=not launching.reports())
+        launch = choose_launch(request)
+        plan = request.plan(world_size=launch.world_size, trial=not wanted())  # a run that started this one has tried everything
     if stop.reason is not None:
-        _say(f"[yellow]stopped[/] by {stop.reason} before anything was begun.")
+        _say(f"stopped by {stop.reason} before anything was begun.")
         raise typer.Exit(REQUEUE)
     if dry_run:
-        from bench.cli.plan import show_plan
-
-        show_plan(made, processes=launch.world_size, groups=launch.groups)
-        launching.show_launch(context, launch)
-        return
-    if launch.kind in ("torchrun", "groups"):
-        raise typer.Exit(launching.spawn(context, launch, made, only=chosen))
-    try:
-        with stop.on_signals():
-            engine = Engine(
-                train=settings.config.train,
-                device="cpu" if device == "cpu" else "auto",
-                trackers=tuple(part for part in (track or "").split(",") if part),
-                tracking_folder=settings.config.run.results / "tracking",
-                timeout_s=timeout,
-                stop=stop,
-            )
-            outcome = _carry_out(made, engine, plugins=tuple(plugins or ()), wait=wait, only=chosen)
-            engine.close()  # not after an error: the others may be gone, and would be waited for
-    except StoppedError as error:
-        if not launching.reports():
-            _say(f"[yellow]stopped[/] {escape(str(error))}. The same command goes on from here.")
-        raise launching.leave(REQUEUE, message=str(error)) from None
-    except EverywhereError as error:
-        _say(f"[bold red]error:[/] {escape(str(error))}")
-        raise launching.leave(2, message=str(error)) from None
-    except BrokenWorldError as error:
-        _say(f"[red]failed[/] {escape(str(error))}. The other processes cannot go on without this one. The same command tries again.")
-        raise typer.Exit(1) from None
-    raise launching.leave(1 if outcome.failed else 0, outcome)
+        _show(plan, launch, timeout_s=timeout)
+    elif launch.kind in ("torchrun", "groups"):
+        raise typer.Exit(_spawn(request, launch, plan, stop))
+    else:
+        raise typer.Exit(_work(request, plan, stop))
 
 
-def _say(text: str) -> None:
+def _show(plan: Plan, launch: Launch, *, timeout_s: int) -> None:
     from rich.console import Console
 
-    Console(stderr=True, soft_wrap=True, highlight=False).print(text)
+    from bench.cli.plan import show_plan
+    from bench.launch.start import describe
+
+    show_plan(plan, processes=launch.world_size, groups=launch.groups)
+    Console(soft_wrap=True, highlight=False, markup=False).print(f"Launch: {describe(launch, timeout_s=timeout_s)}.")
 
 
-def _carry_out(plan: Plan, engine: Engine, *, plugins: tuple[str, ...], wait: bool, only: tuple[str, ...]) -> Outcome:
-    from bench.sweep.datasets import prepare_missing
-    from bench.sweep.plan import make_plan
-    from bench.sweep.run import run_plan
+def _work(request: RunRequest, plan: Plan, stop: StopRequest) -> int:
+    """Work on the plan in this process, with the processes of its world; returns the exit status."""
+    from bench.cli.summary import summary
+    from bench.launch.report import wanted
+    from bench.launch.start import exit_status, report_of, run_here, stopped_report
+    from bench.runtime.interruption import BrokenWorldError, EverywhereError, StoppedError
 
-    observer, end_display = _observer(engine)
     try:
-        if engine.any(any(source.index is None for source in plan.sources.values())):
-            with engine.together():
-                if engine.is_main:
-                    prepare_missing(plan.sources.values(), observer=observer, plugins=plugins, stop=engine.stop)
-            plan = make_plan(plan.settings, world_size=engine.world_size, only=only, trial=not launching.reports())
-        outcome = run_plan(plan, engine=engine, observer=observer, wait=wait)
-    finally:
-        end_display()
-    if engine.is_main and not launching.reports():
-        from bench.cli.summary import summary
-
+        plan, outcome, main = run_here(request, plan, display=_display, stop=stop)
+    except StoppedError as error:
+        if not wanted():
+            _say(f"stopped {error}. The same command goes on from here.")
+        return exit_status(stopped_report(str(error)))
+    except EverywhereError as error:
+        _say(f"error: {error}")
+        return exit_status(stopped_report(str(error), status=2))
+    except BrokenWorldError as error:
+        _say(f"failed {error}. The other processes cannot go on without this one. The same command tries again.")
+        return 1
+    if main and not wanted():
         summary(plan, outcome)
-    return outcome
+    return exit_status(report_of(outcome))
 
 
-def _observer(engine: Engine) -> tuple[Observer, Callable[[], None]]:
+def _spawn(request: RunRequest, launch: Launch, plan: Plan, stop: StopRequest) -> int:
+    """Start processes, wait for them, and say how it went; returns the exit status."""
+    import dataclasses
+
+    from bench.cli.summary import summary
+    from bench.launch.report import wanted
+    from bench.launch.start import exit_status, outcome_of, spawn
+    from bench.runtime.interruption import REQUEUE
+
+    started = time.monotonic()
+    before, ended = spawn(request, launch, plan, emit=_say, stop=stop)
+    now = request.plan(world_size=launch.world_size, trial=False)
+    ended = dataclasses.replace(ended, status=0 if len(now.done) == len(now.matrix.cells) else ended.status)
+    if ended.message:
+        _say(f"{ended.message}." + (" The same command goes on from here." if ended.status in (1, REQUEUE) else ""))
+    if ended.status in (0, 1) and ended.rank == 0 and not wanted():
+        summary(now, outcome_of(before, now, ended, seconds=time.monotonic() - started))
+    return exit_status(ended)
+
+
+def child_command(context: typer.Context, *, without: Container[str]) -> list[str]:
+    """This command again, for a process that it starts: program, verb and all flags that were given, but those of ``without``."""
+    verbose = ["--verbose"] if context.parent is not None and context.parent.params.get("verbose") else []
+    words = [sys.executable, "-P", "-m", "bench", *verbose, "run"]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if name in without or source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        if isinstance(value, bool):
+            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            for part in value if isinstance(value, list | tuple) else (value,):
+                words += [parameter.opts[0], str(part)]
+    return words
+
+
+@contextmanager
+def _display(engine: Engine) -> Iterator[Observer]:
+    """Bars on the terminal of the main process; log lines elsewhere."""
     from bench.cli.display import RichObserver
     from bench.runtime.observer import LogObserver
 
-    if engine.is_main and sys.stderr.isatty():
-        observer = RichObserver()
-        return observer, observer.stop
-    return LogObserver(), lambda: None
+    if not (engine.is_main and sys.stderr.isatty()):
+        yield LogObserver()
+        return
+    observer = RichObserver()
+    try:
+        yield observer
+    finally:
+        observer.stop()
+
+
+def _say(text: str) -> None:
+    """A line on stderr, its first word in a colour that says how grave it is."""
+    from rich.console import Console
+    from rich.text import Text
+
+    first, space, rest = text.partition(" ")
+    style = {"stopped": "yellow", "failed": "red", "error:": "bold red"}.get(first, "")
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text.assemble((first, style), space, rest))

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from bench.cli.launching import child_command
-
 if TYPE_CHECKING:
-    from bench.config import Settings
+    from bench.launch.request import RunRequest
     from bench.launch.slurm import Shape, TrainingJob
     from bench.sweep.plan import Plan
 
@@ -20,7 +18,7 @@ NOT_HERE = ("procs_per_training", "rdzv_endpoint", "rdzv_id", "rdzv_timeout", "m
 """Flags of the other launchers."""
 
 
-def run_by_slurm(context: typer.Context, settings: Settings) -> None:
+def run_by_slurm(request: RunRequest, *, dry_run: bool) -> None:
     """Submit a job for each training still to do; with ``slurm.cluster = 'local'`` run them here. The jobs get the flags of this command.
 
     Raises:
@@ -28,36 +26,30 @@ def run_by_slurm(context: typer.Context, settings: Settings) -> None:
         typer.Exit: 1 if cells are missing at the end of a wait.
     """
     from bench.launch import slurm
+    from bench.launch.request import Processes
     from bench.runtime.observer import LogObserver
-    from bench.sweep.datasets import prepare_missing
     from bench.sweep.estimate import order
-    from bench.sweep.plan import make_plan
+    from bench.sweep.plan import ready_plan
 
-    flags = context.params
+    settings, processes = request.settings, request.processes
     for name in NOT_HERE:
-        if _given(context, name):
+        if getattr(processes, name) != getattr(Processes(), name):
             raise ValueError(
                 f"--launcher slurm: --{name.replace('_', '-')} has no meaning for it; each job is one training, over --nnodes x --nproc"
             )
     slurm.check_submitit()
     config, results = settings.config.slurm, settings.config.run.results
-    shape = slurm.job_shape(settings, nodes=flags["nnodes"], processes=flags["nproc"], device=flags["device"])
-    only = tuple(flags["only"].split(",")) if flags["only"] else ()
-
-    def plan() -> Plan:
-        return make_plan(settings, world_size=shape.world_size, only=only)
+    shape = slurm.job_shape(settings, nodes=processes.nnodes, processes=processes.nproc, device=request.device)
 
     def jobs(made: Plan) -> list[TrainingJob]:
-        return slurm.make_jobs(order(made), arguments=_words(context), config=config, world_size=shape.world_size)
+        return slurm.make_jobs(order(made), arguments=_words(request), config=config, world_size=shape.world_size)
 
-    made = plan()
-    if flags["dry_run"]:
+    made = request.plan(world_size=shape.world_size)
+    if dry_run:
         _show(made, jobs(made), shape)
         return
     using = slurm.executor(config, shape, results=results)
-    if any(source.index is None for source in made.sources.values()):
-        prepare_missing(made.sources.values(), observer=LogObserver(), plugins=tuple(flags["plugins"] or ()))
-        made = plan()
+    made = ready_plan(made, observer=LogObserver(), plugins=request.plugins)
     todo = jobs(made)
     book = slurm.Book(results)
     here = config.cluster == "local"
@@ -79,25 +71,18 @@ def run_by_slurm(context: typer.Context, settings: Settings) -> None:
         for number, job in numbers.items():
             _say(job, number)
         typer.echo(f"{len(numbers)} jobs submitted. Logs: {results / slurm.FOLDER}. See: bench status --results {results}")
-    wait = flags["wait"] and _given(context, "wait")  # it is on where nobody says so: other launchers stay anyway
-    if wait and not here:
+    if request.wait and not here:
         slurm.wait_for([*(submitted if todo else ()), *(slurm.job_of(number, results) for number, _ in living.values())])
-    if wait or here:
-        _summary(plan(), len(todo))
+    if request.wait or here:
+        _summary(request.plan(world_size=shape.world_size, trial=False), len(todo))
 
 
-def _words(context: typer.Context) -> list[str]:
+def _words(request: RunRequest) -> list[str]:
     """Arguments of ``bench`` for the jobs: those of the running command, without what is about launching."""
-    words = child_command(context, without=("dry_run", "wait", "only"))
+    words = list(request.command)
     words = words[words.index("bench") + 1 :]
     ours = [place for place, word in enumerate(words[:-1]) if word == "--set" and words[place + 1].strip().startswith("slurm.")]
     return [word for place, word in enumerate(words) if place not in ours and place - 1 not in ours]
-
-
-def _given(context: typer.Context, name: str) -> bool:
-    """Whether an option stands on the command line."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _say(job: TrainingJob, number: str) -> None:

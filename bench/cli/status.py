@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.cli import options
 from bench.cli.console import table_console
+from bench.cli.options import SettingsFlags, expanded
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -23,22 +23,9 @@ WATCH_SECONDS = 2.0
 _STYLES = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow", "waiting": "dim"}
 
 
+@expanded
 def status(
-    context: typer.Context,
-    methods: options.Methods = None,
-    datasets: options.Datasets = None,
-    backbones: options.Backbones = None,
-    guidance: options.Guidance = None,
-    seeds: options.Seeds = None,
-    variant: options.Variant = None,
-    protocol: options.Protocol = None,
-    metrics: options.Metrics = None,
-    results: options.Results = None,
-    data: options.Data = None,
-    config: options.ConfigFile = None,
-    profile: options.Profile = None,
-    sets: options.Sets = None,
-    plugins: options.Plugins = None,
+    flags: SettingsFlags,
     watch: Annotated[bool, typer.Option("--watch", help="Look again every two seconds; Ctrl-C ends it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: all that is known of every cell, and totals.")] = False,
 ) -> None:
@@ -47,7 +34,7 @@ def status(
 
     if watch and as_json:
         raise ValueError("--watch is for people and --json for programs: leave one of them out")
-    settings = options.settings_from(context)
+    settings = flags.settings()
     statuses = _look(settings)
     if as_json:
         import dataclasses
@@ -96,7 +83,8 @@ def _drawn(settings: Settings, statuses: Sequence[CellStatus]) -> RenderableType
 
 
 def _told(one: CellStatus) -> str:
-    from bench.sweep.status import duration, elapsed
+    from bench.io import duration
+    from bench.sweep.status import elapsed
 
     if one.state == "failed":
         return f"{one.reason} ({elapsed(one.since)} ago)" if one.since else str(one.reason)

@@ -10,15 +10,12 @@ import typer
 from bench.cli import options
 
 
+@options.expanded
 def submit(
-    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Archive to write (NAME.tar.gz), or a new folder.")],
     methods: Annotated[str | None, typer.Option(help="Methods to pack, comma-separated. Default: all that have records.")] = None,
-    results: options.Results = None,
-    config: options.ConfigFile = None,
-    profile: options.Profile = None,
-    sets: options.Sets = None,
-    plugins: options.Plugins = None,
+    *,
+    flags: options.ResultsFlags,
 ) -> None:
     """Verify a results folder and pack the records of some methods, without weights or pictures, with a text for the pull request."""
     from rich.console import Console
@@ -27,7 +24,7 @@ def submit(
     from bench.audit.verify_record import shown
 
     names = [part.strip() for part in methods.split(",") if part.strip()] if methods else None
-    root = options.settings_from(context).config.run.results
+    root = flags.settings().config.run.results
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     try:
         submission = make_submission(root, methods=names)

@@ -1,27 +1,12 @@
-"""From the flags of ``bench run``, the environment and the devices of this node to how processes are started. Checked, before any is."""
+"""How ``bench run`` starts processes: decided from its flags, the environment and the devices of this node, before any process starts."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Literal
 
+from bench.launch.request import Processes
 from bench.launch.world import World
-
-LAUNCHERS = ("auto", "inline", "torchrun", "slurm")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What the flags say; None = not said."""
-
-    launcher: str = "auto"
-    nproc: int | None = None
-    nnodes: int = 1
-    procs_per_training: int | None = None
-    rdzv_endpoint: str | None = None
-    rdzv_id: str | None = None
-    rdzv_timeout: int = 600
-    max_restarts: int = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +30,11 @@ class Launch:
         return self.world.size if self.world else self.nproc * self.nnodes
 
 
-def choose(wanted: Wanted, *, devices: int, world: World | None, slurm_tasks_here: int = 1) -> Launch:
+def choose(processes: Processes, *, devices: int, world: World | None, slurm_tasks_here: int = 1) -> Launch:
     """Decide how to start.
 
     Args:
-        wanted: the flags.
+        processes: what the flags ask for.
         devices: accelerators of this node that may be used; 0 = the CPU.
         world: the one this process was started in.
         slurm_tasks_here: tasks that srun has started on each node.
@@ -57,20 +42,24 @@ def choose(wanted: Wanted, *, devices: int, world: World | None, slurm_tasks_her
     Raises:
         ValueError: flags that cannot be, or contradict the environment.
     """
-    _check_numbers(wanted)
-    spawns = wanted.nproc is not None or wanted.nnodes > 1 or wanted.procs_per_training is not None or wanted.rdzv_endpoint is not None
-    if world is not None and (wanted.launcher == "auto" or world.by == "torchrun"):
-        if spawns or wanted.launcher == "torchrun":
+    spawns = (
+        processes.nproc is not None
+        or processes.nnodes > 1
+        or processes.procs_per_training is not None
+        or processes.rdzv_endpoint is not None
+    )
+    if world is not None and (processes.launcher == "auto" or world.by == "torchrun"):
+        if spawns or processes.launcher == "torchrun":
             raise ValueError(
                 f"this process is already number {world.rank} of {world.size} that {world.by} has started: leave --launcher, --nproc, "
                 f"--nnodes, --rdzv-endpoint and --procs-per-training to {world.by}"
             )
-        if wanted.launcher == "inline" and world.size > 1:
+        if processes.launcher == "inline" and world.size > 1:
             raise ValueError(
                 f"--launcher inline: this process is number {world.rank} of {world.size} that {world.by} has started; use auto"
             )
         return Launch(kind="join", world=world)
-    if wanted.launcher == "inline":
+    if processes.launcher == "inline":
         if spawns:
             raise ValueError("--launcher inline is one process on one node: drop --nproc, --nnodes, ..., or use --launcher torchrun")
         return Launch(kind="here")
@@ -79,20 +68,20 @@ def choose(wanted: Wanted, *, devices: int, world: World | None, slurm_tasks_her
             f"--launcher torchrun starts the processes of a node itself, but srun has started {slurm_tasks_here} tasks on each: "
             f"use srun --ntasks-per-node=1, or --launcher auto, which joins the tasks of srun"
         )
-    nproc = wanted.nproc or devices or 1
+    nproc = processes.nproc or devices or 1
     if devices and nproc > devices:
         raise ValueError(f"--nproc {nproc}: this node has {devices} accelerators; use --nproc {devices}, or --device cpu")
-    if wanted.procs_per_training is not None:
-        if wanted.nnodes > 1 or wanted.rdzv_endpoint is not None:
+    if processes.procs_per_training is not None:
+        if processes.nnodes > 1 or processes.rdzv_endpoint is not None:
             raise ValueError(
                 "--procs-per-training runs several trainings beside each other within a node, --nnodes one training over several: drop one "
                 "of them. Nodes that share a results folder need no meeting point: start the same command without --nnodes on each"
             )
-        return _groups(wanted.procs_per_training, nproc)
-    endpoint = _endpoint(wanted)
-    if wanted.launcher == "auto" and nproc * wanted.nnodes == 1:
+        return _groups(processes.procs_per_training, nproc)
+    endpoint = _endpoint(processes)
+    if processes.launcher == "auto" and nproc * processes.nnodes == 1:
         return Launch(kind="here")
-    return Launch(kind="torchrun", nproc=nproc, nnodes=wanted.nnodes, endpoint=endpoint)
+    return Launch(kind="torchrun", nproc=nproc, nnodes=processes.nnodes, endpoint=endpoint)
 
 
 def _groups(each: int, nproc: int) -> Launch:
@@ -104,32 +93,18 @@ def _groups(each: int, nproc: int) -> Launch:
     return Launch(kind="groups", nproc=each, groups=nproc // each)
 
 
-def _endpoint(wanted: Wanted) -> tuple[str, int]:
-    if wanted.rdzv_endpoint is None:
-        if wanted.nnodes > 1:
+def _endpoint(processes: Processes) -> tuple[str, int]:
+    if processes.rdzv_endpoint is None:
+        if processes.nnodes > 1:
             raise ValueError(
-                f"--nnodes {wanted.nnodes} needs --rdzv-endpoint HOST:PORT, the same on every node: one of them and a free port of it, "
+                f"--nnodes {processes.nnodes} needs --rdzv-endpoint HOST:PORT, the same on every node: one of them and a free port of it, "
                 f"for example --rdzv-endpoint node1:29400"
             )
         return "localhost", 0
-    host, colon, port = wanted.rdzv_endpoint.rpartition(":")
+    host, colon, port = processes.rdzv_endpoint.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise ValueError(f"--rdzv-endpoint {wanted.rdzv_endpoint}: write HOST:PORT with a port of 1 to 65535, for example node1:29400")
-    if wanted.nnodes > 1 and host in ("localhost", "127.0.0.1", "::1"):
-        raise ValueError(f"--rdzv-endpoint {wanted.rdzv_endpoint}: {host} is another machine on every node; name one of the nodes")
+        raise ValueError(f"--rdzv-endpoint {processes.rdzv_endpoint}: write HOST:PORT with a port of 1 to 65535, for example node1:29400")
+    if processes.nnodes > 1 and host in ("localhost", "127.0.0.1", "::1"):
+        raise ValueError(f"--rdzv-endpoint {processes.rdzv_endpoint}: {host} is another machine on every node; name one of the nodes")
     return host, int(port)
-
-
-def _check_numbers(wanted: Wanted) -> None:
-    if wanted.launcher not in LAUNCHERS:
-        raise ValueError(f"--launcher {wanted.launcher}: use one of {', '.join(LAUNCHERS)}")
-    for flag, value, least in (
-        ("--nproc", wanted.nproc, 1),
-        ("--nnodes", wanted.nnodes, 1),
-        ("--procs-per-training", wanted.procs_per_training, 1),
-        ("--max-restarts", wanted.max_restarts, 0),
-        ("--rdzv-timeout", wanted.rdzv_timeout, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{flag} {value}: must be {least} or more")

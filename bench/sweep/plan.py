@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 
 from bench.au.maps import expression_ids
 from bench.config import ConfigError, Settings
 from bench.dataset import DATASETS, EXPRESSIONS
 from bench.matrix import Matrix, Planned, build_matrix, check_sections, check_world, tell_apart
-from bench.runtime.engine import check_engine
-from bench.sweep.datasets import Source, check_splits, resolve_dataset
+from bench.runtime.engine import Engine, check_engine
+from bench.runtime.interruption import StopRequest
+from bench.runtime.observer import Observer
+from bench.sweep.datasets import Source, check_splits, prepare_missing, resolve_dataset
 from bench.sweep.store import Store
 from bench.sweep.trial import outline, try_out
 from bench.training.build import build_reader
@@ -31,6 +34,10 @@ class Plan:
     matrix: Matrix
     done: frozenset[str]
     """Keys of the cells that are finished."""
+    world_size: int = 1
+    """Processes of one training."""
+    only: tuple[str, ...] = ()
+    """See `only_trainings`; empty = all trainings."""
 
     @property
     def to_do(self) -> tuple[Planned, ...]:
@@ -62,11 +69,44 @@ def make_plan(settings: Settings, *, world_size: int = 1, only: Sequence[str] = 
     check_guidance(sources.values(), matrix)
     check_engine((planned.training for planned in matrix.trainings), config.train)
     store = Store(config.run.results)
-    plan = Plan(settings=settings, sources=sources, matrix=matrix, done=frozenset(c.key for c in matrix.cells if store.is_done(c)))
+    done = frozenset(cell.key for cell in matrix.cells if store.is_done(cell))
+    plan = Plan(settings=settings, sources=sources, matrix=matrix, done=done, world_size=world_size, only=tuple(only))
     check_layers(matrix)
     if trial:
         try_out((planned, _count_classes(planned, sources)) for planned in plan.to_do)
     return plan
+
+
+def ready_plan(
+    plan: Plan,
+    *,
+    observer: Observer,
+    plugins: Sequence[str] = (),
+    stop: StopRequest | None = None,
+    engine: Engine | None = None,
+    trial: bool = True,
+) -> Plan:
+    """Prepare the datasets that a plan still misses, and make the plan again: keys of cells depend on the content of the data.
+
+    Args:
+        plan: as `make_plan` made it; returned as it is if its datasets are prepared.
+        observer: receives the progress.
+        plugins: modules that the workers of the preparation load.
+        stop: a request to stop ends the preparation; finished shards are kept.
+        engine: the processes that call this together: the main one prepares, all make the plan again. None = this process alone.
+        trial: see `make_plan`.
+
+    Raises:
+        ConfigError: see `make_plan`.
+        StoppedError: ``stop`` asked for it.
+    """
+    missing = any(source.index is None for source in plan.sources.values())
+    if not (engine.any(missing) if engine else missing):
+        return plan
+    with engine.together() if engine else nullcontext():
+        if engine is None or engine.is_main:
+            prepare_missing(plan.sources.values(), observer=observer, plugins=plugins, stop=stop)
+    return make_plan(plan.settings, world_size=plan.world_size, only=plan.only, trial=trial)
 
 
 def read_matrix(settings: Settings) -> tuple[Mapping[str, Source], Matrix]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.launch.choice import Wanted, choose
+from bench.launch.choice import choose
+from bench.launch.request import Processes
 from bench.launch.world import World
 
 TORCHRUN = World(rank=1, size=4, by="torchrun")
@@ -12,7 +13,7 @@ SRUN = World(rank=1, size=4, by="srun")
 
 
 def launch(*, devices=0, world=None, slurm_tasks_here=1, **flags):
-    return choose(Wanted(**flags), devices=devices, world=world, slurm_tasks_here=slurm_tasks_here)
+    return choose(Processes(**flags), devices=devices, world=world, slurm_tasks_here=slurm_tasks_here)
 
 
 @pytest.mark.parametrize(
