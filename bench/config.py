@@ -1,6 +1,6 @@
-"""``bench.toml`` -> typed, frozen, validated settings, of which every value knows where it came from.
+"""From ``bench.toml`` to typed, frozen, validated settings. Every value knows where it came from.
 
-Layers, later ones win: defaults (the classes below), the profile shipped with the package, the file, the profile of
+There are layers, and a later layer wins: defaults (the classes below), the profile shipped with the package, the file, the profile of
 that name in the file, the environment (``BENCH_TRAIN__LR=0.01``), ``--set train.lr=0.01``, command-line flags.
 """
 
@@ -25,18 +25,18 @@ ENV_PREFIX = "BENCH_"
 MEASURES = ("au", "energy", "pointing", "ap", "deletion", "insertion", "drop", "road", "randomisation")
 """Names of the optional measures, see `bench.evaluation.measures`."""
 FLAGS = {"evaluation.measures": "--metrics"}
-"""Keys whose command-line flag has another name than the key."""
+"""Keys whose command-line flag is not named like the key."""
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 
 
 class ContradictionError(ValueError):
-    """Values of a section that do not go together.
+    """Values of a section contradict each other.
 
     Args:
         message: what is wrong.
-        keys: of the values, below the section.
+        keys: keys of the values, below the section.
     """
 
     def __init__(self, message: str, *, keys: Sequence[str]) -> None:
@@ -49,20 +49,24 @@ class _Section(BaseModel):
 
 
 class RunConfig(_Section):
-    """What to run and where to put it."""
+    """What to run, and where its files are."""
 
     methods: tuple[str, ...] = ("all",)
-    """Names, ``all``, or ``everything``."""
+    """Names of methods; ``all`` = the rows of the published table, ``everything`` = every registered method."""
     datasets: tuple[str, ...] = ("synthetic",)
+    """Names of datasets, or paths of prepared folders."""
     backbones: tuple[str, ...] = ("resnet50",)
     """Each method runs on every listed backbone it can take."""
     guidance: tuple[Literal["none", "au"], ...] = ("none", "au")
+    """``none``: the method's own loss. ``au``: the loss of ``[guidance]`` is added."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """A training for each seed. A seed decides the initial weights, the order of the pictures and their augmentation."""
     variant: Literal["paper", "official"] = "paper"
-    """``paper``: what each method's own paper says; ``official``: what the published FER code computes."""
+    """``paper``: each method as its own paper says. ``official``: each method as the published FER code computes it."""
     protocol: Literal["val", "test-selected"] = "val"
-    """Split whose accuracy selects the checkpoint. ``test-selected`` reproduces the published habit, optimistically."""
+    """Split whose accuracy selects the checkpoint. ``test-selected`` repeats what the published tables did, and is optimistic."""
     results: Path = Path("results")
+    """Folder of records, weights and failures."""
     data: Path = Path("data")
     """Folder of prepared datasets."""
 
@@ -79,52 +83,60 @@ class RunConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """Optimisation. The defaults are the one published command."""
+    """Optimisation. The defaults are those of the published command."""
 
     epochs: Positive = 20
+    """Passes over the training split."""
     batch_size: Positive = 224
-    """Global batch: over all processes and accumulated micro-batches."""
+    """Pictures of a step, over all processes and accumulated micro-batches."""
     accumulate: Positive = 1
-    """Micro-batches per step and process."""
+    """Micro-batches of a step, in each process."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    """``sgd`` with Nesterov momentum, or ``adamw``."""
     lr: Annotated[float, Field(gt=0)] = 0.002
+    """Learning rate of the backbone, after the warm-up."""
     head_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
-    """Learning rate of the head relative to the backbone's."""
+    """Learning rate of the head, divided by that of the backbone."""
     momentum: Fraction = 0.9
-    """SGD (Nesterov) only."""
+    """Momentum of SGD; AdamW ignores it."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Weight decay of all parameters."""
     schedule: Literal["step", "cosine", "constant"] = "step"
+    """How the learning rate falls: in steps, along a cosine, or not at all."""
     step_epochs: Positive = 4
-    """``step``: the learning rate is multiplied by ``gamma`` every so many epochs."""
+    """``step``: number of epochs after which the learning rate is multiplied by ``gamma``."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """``step``: factor of the learning rate."""
     min_lr: Annotated[float, Field(ge=0)] = 1e-7
+    """Smallest learning rate of the schedule."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs in which the learning rate rises linearly from 0 to ``lr``."""
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
-    """Largest norm of the gradient; 0 = off."""
+    """Largest norm of the gradient. 0 disables clipping."""
     balance: Literal["none", "class"] = "none"
-    """``class``: samples are drawn so that every class is seen equally often."""
+    """``class``: samples are drawn so that each class occurs equally often."""
     engine: Literal["ddp", "deepspeed"] = "ddp"
-    """What runs the processes of a training; ``deepspeed`` needs the packages of the extra ``deepspeed``."""
+    """Library that runs the processes of a training. ``deepspeed`` needs the extra ``deepspeed``."""
     zero_stage: Literal[0, 1, 2] = 0
-    """DeepSpeed: 1 = each process keeps its part of the optimiser's state, 2 = of the gradients too."""
+    """DeepSpeed: 1 = each process keeps its part of the optimiser's state; 2 = its part of the gradients, too."""
     precision: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast in training; evaluation and maps are always computed in float32."""
+    """Autocast in training. Evaluation and maps are always computed in float32."""
     tf32: bool = False
-    """CUDA: TensorFloat-32 in the matrix products and convolutions of training; off, they are exact float32."""
+    """CUDA: TensorFloat-32 in the matrix products and convolutions of training. Without it they are exact float32."""
     channels_last: bool = False
-    """Weights and pictures of training in channels-last memory order, which tensor cores like."""
+    """Channels-last memory order of weights and pictures in training, which is faster on tensor cores."""
     compile: bool = False
-    """``torch.compile`` of the training step; evaluation and maps run on the uncompiled network."""
+    """``torch.compile`` of the training step. Evaluation and maps use the uncompiled network."""
     sync_batchnorm: bool = False
-    """Batch statistics over all processes of a training; GPUs only."""
+    """Batch statistics over all processes of a training. GPUs only."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay a step of an exponential moving average of the weights, which is then selected, evaluated and saved; 0 = off."""
+    """Per-step EMA decay. The averaged weights are selected, evaluated and saved. 0 disables it."""
     deterministic: bool = False
-    """Only algorithms that give the same bits each time; an operation without one is an error."""
+    """Use only algorithms that give the same bits each time. An operation without such an algorithm is an error."""
     select_every: Positive = 1
     """Epochs between evaluations that may select the checkpoint."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0
-    """Longest time between checkpoints; there is one at every end of an epoch as well."""
+    """Longest time between checkpoints, in minutes. A checkpoint is made at the end of each epoch, too."""
 
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
@@ -134,7 +146,7 @@ class TrainConfig(_Section):
             )
         if self.warmup_epochs >= self.epochs:
             raise ContradictionError(
-                f"warmup_epochs = {self.warmup_epochs} leaves nothing of epochs = {self.epochs}", keys=["warmup_epochs", "epochs"]
+                f"warmup_epochs = {self.warmup_epochs} takes all of epochs = {self.epochs}", keys=["warmup_epochs", "epochs"]
             )
         if self.min_lr > self.lr:
             raise ContradictionError(f"min_lr = {self.min_lr} is above lr = {self.lr}", keys=["min_lr", "lr"])
@@ -158,32 +170,44 @@ class GuidanceConfig(_Section):
     """Training with action units: loss += weight * mean(1 - cosine(layer attention, AU map))."""
 
     weight: Annotated[float, Field(gt=0)] = 9.0
-    """Lambda; 9 is published for AffectNet, 4 fits the published RAF-DB figures."""
+    """Lambda of the loss. 9 is published for AffectNet; 4 fits the published RAF-DB figures."""
     layers: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Layers to align; empty = the backbone's own choice (the last stage of a CNN)."""
+    """Layers to align. Empty: the choice of the backbone (the last stage of a CNN)."""
     au_maps: Literal["official", "symmetric"] = "symmetric"
-    """Geometry of the AU maps, in training."""
+    """Geometry of the AU maps in training: as published, or the same on both sides of the face."""
     grid: Positive = 28
-    """Side of the grid the AU maps are made on."""
+    """Side of the grid of the AU maps."""
 
 
 class AugmentConfig(_Section):
-    """The published recipe."""
+    """Augmentation of the training pictures. The defaults are the published recipe; a name that ends in ``_p`` is a probability."""
 
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 6.0
+    """Largest angle of a rotation, to either side."""
     rotation_p: Fraction = 0.5
+    """Probability of a rotation."""
     crop_scale: tuple[Fraction, Fraction] = (0.8, 1.0)
     """Range of the area of the random square crop, as a share of the picture."""
     flip_p: Fraction = 0.5
+    """Probability of a horizontal flip."""
     grayscale_p: Fraction = 0.2
+    """Probability of a grey picture."""
     jitter_p: Fraction = 0.8
+    """Probability of a change of brightness, contrast, saturation and hue."""
     brightness: Fraction = 0.4
+    """Largest relative change of the brightness."""
     contrast: Fraction = 0.4
+    """Largest relative change of the contrast."""
     saturation: Fraction = 0.4
+    """Largest relative change of the saturation."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Largest shift of the hue, as a share of the colour circle."""
     erase_p: Fraction = 0.5
+    """Probability of an erased rectangle."""
     erase_area: tuple[Fraction, Fraction] = (0.02, 0.33)
+    """Range of the area of the erased rectangle, as a share of the picture."""
     erase_ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.3, 3.3)
+    """Range of the ratio of its sides."""
 
     @model_validator(mode="after")
     def _ordered(self) -> AugmentConfig:
@@ -204,20 +228,21 @@ class ImagesConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """The one pass over the test split that serves every cell of a training."""
+    """The pass over the test split that serves all cells of a training."""
 
     batch_size: Positive = 64
+    """Pictures of a batch. No result depends on it."""
     au_maps: Literal["official", "symmetric"] = "symmetric"
-    """Geometry of the AU maps the cosines are taken with."""
+    """Geometry of the AU maps that maps and attentions are compared with."""
     measures: tuple[str, ...] = ()
-    """Optional measures besides the cosines: names, or ``all``; see docs/metrics.md."""
+    """Optional measures besides the cosines: names, or ``all``. See docs/metrics.md."""
     measure_samples: Annotated[int, Field(ge=0)] = 0
-    """Samples of the test split, evenly spread, that the optional measures look at; 0 = all."""
+    """Number of test samples, evenly spread, for the optional measures. 0 = all."""
 
     @field_validator("measures", mode="after")
     @classmethod
     def _resolved(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        """In the order of the table, each once: what is asked for in other words is the same evaluation."""
+        """Bring the names into the order of the table, each once: another spelling is the same evaluation."""
         for name in names:
             if name not in (*MEASURES, "all"):
                 raise ValueError(f"unknown measure {name!r}.{did_you_mean(name, (*MEASURES, 'all'))}")
@@ -228,37 +253,42 @@ class LoaderConfig(_Section):
     """How shards are read. Nothing here can change a result."""
 
     workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that decode pictures, for each process of a training."""
     cache_gib: Annotated[float, Field(ge=0)] = 2.0
-    """A split whose decoded pictures fit is decoded once and kept in memory."""
+    """Memory for decoded pictures, in GiB. A split that fits is decoded once."""
     verify: bool = True
-    """Check the sha256 of every shard at the first opening of a run."""
+    """Check the sha256 of every shard when a run opens it first."""
 
 
 class SlurmConfig(_Section):
     """What ``--launcher slurm`` asks the cluster for, for each training. Nothing here can change a result."""
 
     cluster: Literal["slurm", "local"] = "slurm"
-    """``local``: the same jobs on this machine without Slurm, to try things out."""
+    """``local``: the same jobs on this machine without Slurm, for a trial."""
     partition: str | None = None
+    """sbatch --partition."""
     account: str | None = None
+    """sbatch --account."""
     qos: str | None = None
+    """sbatch --qos."""
     constraint: str | None = None
+    """sbatch --constraint."""
     minutes: Positive = 240
-    """Time limit of a job. A longer training is requeued and goes on from its checkpoint."""
+    """Time limit of a job, in minutes. A longer training is requeued and goes on from its checkpoint."""
     max_requeues: Annotated[int, Field(ge=0)] = 10
-    """How often a job that ran into its time limit is requeued. Preemptions do not count."""
+    """Times that a job is requeued after its time limit. Preemptions do not count."""
     signal_seconds: Annotated[int, Field(ge=30)] = 120
-    """So long before the end a job is told to save its state: longer than a step and a checkpoint take."""
+    """Seconds before the time limit at which a job is asked to save. Must exceed a step and a checkpoint."""
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
-    """None = as many as processes; with ``--device cpu`` none."""
+    """GPUs of a node. None: as many as processes; with ``--device cpu`` none."""
     cpus_per_task: Positive | None = None
-    """A task is a process of the training; its loader's workers run on these."""
+    """CPU cores of a process and of the workers of its loader."""
     mem_gb: Annotated[float, Field(gt=0)] | None = None
-    """Of a node."""
+    """Memory of a node, in GB."""
     parallel: Positive | None = None
-    """Most jobs at once; None = as many as Slurm lets run (``local``: one)."""
+    """Most jobs at a time. None: as many as Slurm lets run; ``local``: 1."""
     extra: dict[str, str | int | bool] = {}
-    """Other sbatch options: ``[slurm.extra]`` with ``reservation = "faces"`` becomes ``--reservation=faces``."""
+    """Further sbatch options: ``[slurm.extra]`` with ``reservation = "faces"`` becomes ``--reservation=faces``."""
 
     @model_validator(mode="after")
     def _possible(self) -> SlurmConfig:
@@ -270,10 +300,10 @@ class SlurmConfig(_Section):
                 )
             if flag in SLURM_OWN:
                 raise ContradictionError(f"extra: {name!r} is set by {SLURM_OWN[flag]}", keys=[join_key("extra", name)])
-        # Slurm's clock is coarse: it sends the signal up to a minute earlier (man sbatch), and one of one minute was told within 4 s.
+        # Slurm may send the signal up to a minute early (man sbatch).
         if self.signal_seconds + 60 >= 60 * self.minutes:
             raise ContradictionError(
-                f"signal_seconds = {self.signal_seconds} leaves nothing of minutes = {self.minutes}: "
+                f"signal_seconds = {self.signal_seconds} leaves no time to work in minutes = {self.minutes}: "
                 f"the signal may come up to 60 s earlier",
                 keys=["signal_seconds", "minutes"],
             )
@@ -291,23 +321,23 @@ SLURM_OWN = {
     **{name: f"slurm.{name.replace('-', '_')}" for name in ("partition", "account", "qos", "constraint", "gpus-per-node", "cpus-per-task")},
     **dict.fromkeys(("job-name", "output", "error", "open-mode", "requeue", "chdir"), "bench itself"),
 }
-"""sbatch options that are not `SlurmConfig.extra`'s -> what sets them."""
+"""sbatch options that `SlurmConfig.extra` may not hold -> what sets them."""
 
 
 class SweepConfig(_Section):
-    """How several runs share one results folder. Nothing here can change a result."""
+    """How several runs share a results folder. Nothing here can change a result."""
 
     lease_heartbeat_s: Annotated[float, Field(gt=0)] = 30.0
-    """Seconds between signs of life of who works on a training."""
+    """Seconds between two signs of life of the run that works on a training."""
     lease_stale_s: Annotated[float, Field(gt=0)] = 120.0
-    """Seconds without one after which another run takes the training over; at once where the process is known to have ended."""
+    """Seconds without a sign of life after which another run takes the training over. At once if the process is known to have ended."""
 
     @model_validator(mode="after")
     def _patient(self) -> SweepConfig:
         if self.lease_stale_s < 2 * self.lease_heartbeat_s:
             raise ContradictionError(
                 f"lease_stale_s = {self.lease_stale_s} is less than two lease_heartbeat_s = {self.lease_heartbeat_s}: "
-                f"a run that lives would lose its training",
+                f"a run that is alive would lose its training",
                 keys=["lease_stale_s", "lease_heartbeat_s"],
             )
         return self
@@ -326,15 +356,16 @@ class Config(_Section):
     sweep: SweepConfig = SweepConfig()
     slurm: SlurmConfig = SlurmConfig()
     methods: dict[str, dict[str, Any]] = {}
-    """``[methods.NAME]``: options of one method, checked by the method itself."""
+    """``[methods.NAME]``: options of a method, checked by the method itself."""
     backbones: dict[str, dict[str, Any]] = {}
+    """``[backbones.NAME]``: options of a backbone, checked by the backbone itself."""
     datasets: dict[str, dict[str, Any]] = {}
-    """``[datasets.NAME]``: options of one dataset; ``entry`` names the registered dataset if NAME is the user's own, ``raw`` its folder;
-    ``allow_partial`` and ``landmark_weights`` are those of ``bench data prepare``."""
+    """``[datasets.NAME]``: options of a dataset. ``entry`` names the registered dataset if NAME is the user's; ``raw`` is the folder of the
+    download; ``allow_partial`` and ``landmark_weights`` are those of ``bench data prepare``."""
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; the message names its place, its key, its value and what would do."""
+    """A setting that cannot be used. The message names its place, its key, its value and a valid choice."""
 
 
 Layer = Literal["default", "profile", "file", "environment", "set", "flag"]
@@ -346,7 +377,7 @@ class Origin:
 
     layer: Layer
     text: str
-    """As messages and records show it."""
+    """Its text in messages and records."""
 
     def __str__(self) -> str:
         return self.text
@@ -379,17 +410,17 @@ def load_settings(
     """Merge all layers and validate the result.
 
     Args:
-        file: a TOML file; None = ``bench.toml`` in the working directory, if there is one.
-        profile: name of a set of values; None = the file's ``profile`` key, if any.
+        file: a TOML file. None: ``bench.toml`` in the working directory, if it exists.
+        profile: name of a set of values. None: the ``profile`` key of the file, if it has one.
         sets: ``a.b=value`` strings, the value in TOML notation (a bare word is a string).
-        flags: dotted key -> value, from command-line flags that were given.
-        environ: the environment; None = the real one.
+        flags: dotted key -> value, of the command-line flags that were given.
+        environ: the environment. None: that of this process.
 
     Raises:
         ConfigError: naming origin, key, value and the nearest valid choice.
     """
     if file is not None and not file.is_file():
-        raise ConfigError(f"--config {file}: no such file")
+        raise ConfigError(f"--config {file}: there is no such file")
     path = file or (Path(CONFIG_NAME) if Path(CONFIG_NAME).is_file() else None)
     content = _read_toml(_read_text(path), origin=str(path)) if path else {}
     shipped = _read_toml(files("bench").joinpath("profiles.toml").read_text(encoding="utf-8"), origin="profiles.toml")
@@ -423,7 +454,7 @@ def load_settings(
 
 
 def _with_home(value: Any) -> Any:
-    """A path that begins with ``~`` with the home folder in its place, alone or in a list: no shell has seen what a file says."""
+    """Replace a leading ``~`` of a path by the home folder, in a list too: no shell expands what a file says."""
     if isinstance(value, list | tuple):
         return [_with_home(part) for part in value]
     if isinstance(value, str | Path) and re.match(r"~(/|$)", str(value)):
@@ -450,7 +481,7 @@ def _validate(merged: Mapping[str, tuple[Any, Origin]]) -> Settings:
 
 
 def join_key(*parts: str) -> str:
-    """Dotted key of nested tables; a part with dots is quoted, as in TOML: ``backbones."timm:resnet50.a1_in1k".weights``."""
+    """Dotted key of nested tables. A part with dots is quoted as in TOML: ``backbones."timm:resnet50.a1_in1k".weights``."""
     return ".".join(f'"{part}"' if "." in part else part for part in parts)
 
 
@@ -458,15 +489,15 @@ def split_key(key: str) -> list[str]:
     """Inverse of `join_key`.
 
     Raises:
-        ConfigError: an empty part, or a quote that is not closed.
+        ConfigError: an empty part, or an open quote.
     """
     if not re.fullmatch(r'(?:"[^"]+"|[^".]+)(?:\.(?:"[^"]+"|[^".]+))*', key):
-        raise ConfigError(f"key {key!r}: write parts with dots between them, and a part that has dots itself in double quotes")
+        raise ConfigError(f"key {key!r}: separate its parts by dots, and put a part that contains dots in double quotes")
     return [quoted or bare for quoted, bare in re.findall(r'"([^"]+)"|([^".]+)', key)]
 
 
 def walk(tree: Mapping[str, Any], parents: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of every leaf of nested tables; see `join_key`."""
+    """Yield (dotted key, value) for every leaf of nested tables, see `join_key`."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from walk(value, (*parents, key))
@@ -482,7 +513,7 @@ def _explain(error: ValidationError, merged: Mapping[str, tuple[Any, Origin]]) -
     lines = []
     for problem in error.errors():
         location = [str(part) for part in problem["loc"]]
-        # A problem inside a list has the position as its last parts; the origin belongs to the list.
+        # The location of a problem inside a list ends with a position; the origin belongs to the list.
         leading = [join_key(*location[:n]) for n in range(len(location), 0, -1)]
         key = next((k for k in leading if k in merged), join_key(*location))
         value, origin = merged.get(key, (problem["input"], None))
@@ -516,7 +547,7 @@ def _read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{path}: line {line} is not UTF-8, the only encoding of TOML; save the file as UTF-8") from error
+        raise ConfigError(f"{path}: line {line} is not UTF-8; TOML files are UTF-8, so save the file in that encoding") from error
 
 
 def _read_toml(text: str, *, origin: str) -> dict[str, Any]:
@@ -548,10 +579,10 @@ def parse_integers(text: str, *, origin: str) -> list[int]:
 
 
 def _parse_value(text: str, *, key: str, origin: Origin) -> Any:
-    """What was typed for a key, by the type that the key has: a text stays a text, a list may be typed as for the flags, 0,1 or 0-4.
+    """Parse a typed value by the type of its key: a text stays a text, and a list may be written as for flags (0,1 or 0-4).
 
-    Where the type is not known here (options of entries), TOML says what it is, but for dates and for numbers with underscores, which
-    nobody means.
+    The type of an option of an entry is not known here. Such a value is read as TOML, except dates and numbers with underscores, which are
+    texts.
     """
     annotation = _annotation(split_key(key))
     kinds = _kinds(annotation)
@@ -572,20 +603,20 @@ def _parse_value(text: str, *, key: str, origin: Origin) -> Any:
 
 
 def _annotation(key: Sequence[str]) -> Any:
-    """The declared type of a dotted key; None where there is none, or it is that of an entry."""
-    found: Any = Config
+    """The declared type of a dotted key. None for an unknown key and for options of entries."""
+    annotation: Any = Config
     for part in key:
-        if isinstance(found, type) and issubclass(found, BaseModel) and part in found.model_fields:
-            found = found.model_fields[part].annotation
-        elif get_origin(found) is dict:
-            found = get_args(found)[1]
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and part in annotation.model_fields:
+            annotation = annotation.model_fields[part].annotation
+        elif get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
         else:
             return None
-    return None if found is Any else found
+    return None if annotation is Any else annotation
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The plain types that a value may have."""
+    """The plain types that a value of an annotation can have."""
     if annotation is None or annotation is Any:
         return set()
     outer = get_origin(annotation)

@@ -1,4 +1,4 @@
-"""The matrix: settings -> cells -> trainings. Pure: no I/O, no torch; keys and seeds are derived here and only here."""
+"""The matrix: from settings to cells to trainings. Pure functions, without I/O; keys and seeds are derived here and nowhere else."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ class DatasetRef:
     """A prepared dataset as the matrix sees it."""
 
     name: str
-    """What the user calls it. No identity: two folders may have one name."""
+    """The user's name for it. Two folders may have the same name."""
     entry: str
-    """Registered dataset behind it."""
+    """Registered dataset."""
     fingerprint: str
-    """Its identity, that of its content: `bench.data.index.Index.fingerprint`."""
+    """Identity of its content, see `bench.data.index.Index.fingerprint`."""
     samples: Mapping[str, int]
     """Split -> number of samples."""
     label: str = ""
-    """What messages and tables of a plan call it, where the name alone would not do."""
+    """Name in messages and tables of a plan, where two datasets have the same name."""
 
     @property
     def shown(self) -> str:
-        """Its label, or its name where that is enough."""
+        """The label, or the name if there is no label."""
         return self.label or self.name
 
 
 def tell_apart(datasets: Mapping[str, DatasetRef]) -> dict[str, DatasetRef]:
-    """Give datasets of one name labels with the beginnings of their fingerprints: ``faces@1a2b3c4d``.
+    """Label datasets that have the same name by their fingerprints: ``faces@1a2b3c4d``.
 
     Raises:
-        ConfigError: two of them are the same data.
+        ConfigError: two of the datasets have the same content.
     """
     first: dict[str, str] = {}
     for given, dataset in datasets.items():
         twin = first.setdefault(dataset.fingerprint, given)
         if twin != given:
             raise ConfigError(
-                f"run.datasets: {twin!r} and {given!r} are the same data (fingerprint {dataset.fingerprint[:8]}); name it once"
+                f"run.datasets: {twin!r} and {given!r} are the same data (fingerprint {dataset.fingerprint[:8]}); leave one of them out"
             )
     names = Counter(dataset.name for dataset in datasets.values())
     return {
@@ -60,12 +60,12 @@ def tell_apart(datasets: Mapping[str, DatasetRef]) -> dict[str, DatasetRef]:
 
 
 SCHEME = 2
-"""How weights follow from an identity. 2: what a layer draws and what CutMix pairs no longer depends on the number of processes."""
+"""Version of how weights follow from an identity. Since 2, draws of layers and pairs of CutMix do not depend on the number of processes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """One set of weights: everything that can change them, and nothing else."""
+    """A training: everything that can change its weights, and nothing else."""
 
     trains_as: str
     method_options: Mapping[str, Any]
@@ -76,17 +76,17 @@ class Training:
     dataset: DatasetRef
     seed: int
     settings: Mapping[str, Any]
-    """The sections of the configuration that decide the weights, resolved."""
+    """The sections of the configuration that decide the weights, with the defaults of entries."""
     brought: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Dotted key -> source, of the values above that entries brought along. No part of the identity: the values are."""
+    """Dotted key -> source, of the settings that are defaults of entries. The values belong to the identity, their sources do not."""
     scheme: int = SCHEME
-    """How weights follow from all this; older records have an older one."""
+    """See `SCHEME`; older records have an older scheme."""
     code: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Entries that train and do not come with this program, as ``method mine`` -> `bench.registry.foreign_code`; ours have `SCHEME`."""
+    """Code of plugins that train: ``method edge-cam`` -> `bench.registry.foreign_code`. Code of this program has `SCHEME`."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that can change the weights, JSON-able."""
+        """Everything that can change the weights, as JSON types."""
         return {
             "kind": f"training/{self.scheme}",
             "trains_as": self.trains_as,
@@ -112,24 +112,24 @@ class Training:
         return f"{self.dataset.shown}/{self.backbone}/{self.trains_as}/{self.guidance}/seed{self.seed}"
 
     def derived_seed(self, role: str) -> int:
-        """A 63-bit seed for one role (``init``, ``data``, ``step``).
+        """A 63-bit seed for a role (``init``, ``data``, ``step``).
 
-        It depends on the seed and the role alone: at one seed every method starts alike and sees the same pictures in
-        the same order with the same augmentation, so that comparisons between methods are paired.
+        It depends on the seed and the role only. At equal seeds all methods start alike and see the same pictures in the same order with
+        the same augmentation, so comparisons between methods are paired.
         """
         return int(digest({"role": role, "seed": self.seed})[:16], 16) >> 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One row of results: a training, read out by one method."""
+    """A row of results: a training, read out by a method."""
 
     method: str
     method_options: Mapping[str, Any]
     training: Training
     evaluation: Mapping[str, Any]
     code: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """The same of the method that reads the maps."""
+    """Code of a plugin that reads the maps, as `Training.code`."""
 
     @property
     def key(self) -> str:
@@ -148,18 +148,18 @@ class Cell:
     @property
     def path(self) -> str:
         """Folder of the cell below ``<results>/cells``: readable, and unique by its hash."""
-        t = self.training
-        return f"{_safe(t.dataset.name)}/{_safe(t.backbone)}/{_safe(self.method)}/{t.guidance}/seed{t.seed}-{self.key[:10]}"
+        dataset, backbone, method = _safe(self.training.dataset.name), _safe(self.training.backbone), _safe(self.method)
+        return f"{dataset}/{backbone}/{method}/{self.training.guidance}/seed{self.training.seed}-{self.key[:10]}"
 
     @property
     def label(self) -> str:
         """Short name for logs and errors."""
-        t = self.training
-        return f"{t.dataset.shown}/{t.backbone}/{self.method}/{t.guidance}/seed{t.seed}"
+        training = self.training
+        return f"{training.dataset.shown}/{training.backbone}/{self.method}/{training.guidance}/seed{training.seed}"
 
 
 class Planned(NamedTuple):
-    """A training and the cells it serves."""
+    """A training with the cells that it serves."""
 
     training: Training
     cells: tuple[Cell, ...]
@@ -173,7 +173,7 @@ class Matrix:
 
     @property
     def trainings(self) -> tuple[Planned, ...]:
-        """The trainings the cells need, each once, in the order of its first cell."""
+        """The trainings of the cells, each once, in the order of its first cell."""
         served: dict[str, list[Cell]] = {}
         for cell in self.cells:
             served.setdefault(cell.training.key, []).append(cell)
@@ -193,8 +193,8 @@ def build_matrix(settings: Settings, datasets: Mapping[str, DatasetRef]) -> Matr
         datasets: a reference for every dataset the configuration names.
 
     Raises:
-        ValueError: an unknown name, an option an entry does not have, a pair of method and backbone that cannot be, a
-            batch larger than a training split. The message names the origin of the value and what would do.
+        ValueError: an unknown name or option, a method that can take no backbone of the run, a batch larger than a training split. The
+            message names the origin of the value and a valid choice.
     """
     config = settings.config
     methods = select(METHODS, config.run.methods, origin=settings.origin("run.methods"))
@@ -242,7 +242,7 @@ def select(registry: Registry[T, I], names: Sequence[str], *, origin: Origin) ->
 
 
 def check_sections(settings: Settings, section: str, known: Sequence[str], registry: Registry[Any, Any] | None = None) -> None:
-    """Refuse ``[section.NAME]`` tables of entries that do not exist. With a registry, members of its families do exist.
+    """Refuse ``[section.NAME]`` tables of unknown entries. With a registry, members of its families are known.
 
     Raises:
         ConfigError: naming the table, its origin and the nearest entry.
@@ -253,7 +253,7 @@ def check_sections(settings: Settings, section: str, known: Sequence[str], regis
         table = join_key(section, name)
         origin = next((o.text for key, o in settings.origins.items() if key.startswith(f"{table}.")), "")
         if registry is None or ":" not in name:
-            raise ConfigError(f"{origin}: [{table}] is of no known entry.{did_you_mean(name, known)}")
+            raise ConfigError(f"{origin}: unknown {section.removesuffix('s')} {name!r} in [{table}].{did_you_mean(name, known)}")
         try:
             registry.get(name)
         except ValueError as error:
@@ -261,10 +261,10 @@ def check_sections(settings: Settings, section: str, known: Sequence[str], regis
 
 
 def parse_options(registry: Registry[Any, Any], name: str, given: Mapping[str, Any], *, where: str) -> EntryOptions:
-    """Validate the options of one entry with its own model.
+    """Validate the options of an entry with its own model.
 
     Raises:
-        ConfigError: an unknown key (with the nearest), or a value of the wrong type; ``where`` leads the message.
+        ConfigError: an unknown key (with the nearest key), or a value of the wrong type. The message begins with ``where``.
     """
     try:
         return check_options(registry, name, given)
@@ -276,7 +276,7 @@ def check_world(config: Config, world_size: int) -> None:
     """Refuse a global batch that does not divide over processes and micro-batches.
 
     Raises:
-        ConfigError: with the nearest batch sizes that do.
+        ConfigError: with the nearest sizes that divide.
     """
     parts = world_size * config.train.accumulate
     batch = config.train.batch_size
@@ -285,7 +285,7 @@ def check_world(config: Config, world_size: int) -> None:
         near = " or ".join(str(b) for b in (below, above) if b)
         raise ConfigError(
             f"train.batch_size = {batch} does not divide over {world_size} processes x accumulate = {config.train.accumulate}; "
-            f"nearest that do: {near}"
+            f"the nearest that do are {near}"
         )
 
 
@@ -303,7 +303,7 @@ def _training(
     samples, batch_size = dataset.samples.get("train", 0), config.train.batch_size
     if samples < batch_size:
         raise ConfigError(
-            f"{settings.origin('train.batch_size')}: train.batch_size = {batch_size} is above the {samples} training samples of "
+            f"{settings.origin('train.batch_size')}: train.batch_size = {batch_size} is more than the {samples} training samples of "
             f"{dataset.shown}; try --set train.batch_size={max(1, samples // 4)}"
         )
     resolved: dict[str, Any] = {
@@ -331,13 +331,13 @@ def _training(
 
 
 def _foreign(**entries: Entry[Any, Any]) -> dict[str, str]:
-    """Code of entries, given by their kind, that are not ours: ``method mine`` -> hash."""
+    """Code of entries that come from plugins: ``method edge-cam`` -> hash."""
     hashes = {f"{kind} {entry.name}": foreign_code(entry.target) for kind, entry in entries.items()}
     return {name: sha256 for name, sha256 in hashes.items() if sha256 is not None}
 
 
 def _with_defaults(settings: Settings, entries: Sequence[Entry[Any, Any]], dataset: DatasetRef) -> tuple[Config, dict[str, str]]:
-    """The configuration with what entries bring along, later entries winning, wherever nobody has said anything."""
+    """The configuration with the defaults of entries wherever the user has set nothing. Later entries win. Also key -> source of these."""
     tree = settings.config.model_dump(mode="json")
     brought: dict[str, str] = {}
     for entry in entries:
@@ -351,7 +351,7 @@ def _with_defaults(settings: Settings, entries: Sequence[Entry[Any, Any]], datas
 
 
 def _applicable(entry: Entry[Any, Any], variant: Variant, dataset: DatasetRef) -> list[Default]:
-    """The entry's defaults for this dataset and variant; those for the dataset alone come last, to win."""
+    """The defaults of an entry for this dataset and variant. Those for this dataset only come last, and win."""
     fitting = [d for d in entry.info.defaults if d.dataset in (None, dataset.entry) and d.variant in (None, variant)]
     return sorted(fitting, key=lambda d: d.dataset is not None)
 
@@ -372,7 +372,7 @@ def _options(settings: Settings, section: str, entry: Entry[Any, Any], dataset: 
 def _pair(
     methods: Sequence[Entry[Method, MethodInfo]], backbones: Sequence[Entry[Backbone, BackboneInfo]], *, origin: Origin
 ) -> list[tuple[Entry[Method, MethodInfo], Entry[Backbone, BackboneInfo]]]:
-    """Every method on every backbone it can take; each method must occur, and each backbone that was asked for by a flag."""
+    """All pairs of a method and a backbone that it can take. Each method must occur, and each backbone that a flag names."""
     pairs = [(m, b) for m in methods for b in backbones if b.info.kind in m.info.backbones]
     for method in methods:
         if not any(m is method for m, _ in pairs):

@@ -126,10 +126,10 @@ def test_settings_cannot_be_changed():
 
 
 def value(key, *sets, **more):
-    found = load_settings(sets=sets, environ={}, **more).config
+    node = load_settings(sets=sets, environ={}, **more).config
     for part in key.split("."):
-        found = found[part] if isinstance(found, dict) else getattr(found, part)
-    return found
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
+    return node
 
 
 @pytest.mark.parametrize(
@@ -173,8 +173,8 @@ def test_a_list_is_typed_as_for_the_flags(text, expected):
     ],
 )
 def test_a_text_stays_a_text_and_a_number_a_number(text, expected):
-    found = value(text.partition("=")[0], text)
-    assert (found, type(found)) == (expected, type(expected))
+    parsed = value(text.partition("=")[0], text)
+    assert (parsed, type(parsed)) == (expected, type(expected))
 
 
 def test_a_range_that_is_none_names_its_origin():
@@ -203,5 +203,5 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
 def test_a_file_that_is_not_utf8_is_named_with_the_line(tmp_path):
     file = tmp_path / "bench.toml"
     file.write_bytes(b"[train]\n# f\xfcr\nepochs = 3\n")
-    with pytest.raises(ConfigError, match=r"bench\.toml: line 2 is not UTF-8, the only encoding of TOML; save the file as UTF-8"):
+    with pytest.raises(ConfigError, match=r"bench\.toml: line 2 is not UTF-8; TOML files are UTF-8, so save the file in that encoding"):
         load_settings(file=file, environ={})

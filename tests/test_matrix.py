@@ -100,7 +100,7 @@ def test_seeds_depend_on_seed_and_role_alone():
         ({"methods": {"cam": {"x": 1}}}, r"method 'cam' has no option 'x'"),
         ({"backbones": {"resnet50": {"large_map": True}}}, r"backbone 'resnet50' has no option 'large_map'\. Did you mean 'large_maps'"),
         ({"backbones": {"resnet50": {"large_maps": "perhaps"}}}, r"option large_maps = 'perhaps'"),
-        ({"methods": {"cma": {"x": 1}}}, r"\[methods\.cma\] is of no known entry\. Did you mean 'cam'"),
+        ({"methods": {"cma": {"x": 1}}}, r"unknown method 'cma' in \[methods\.cma\]\. Did you mean 'cam'"),
     ],
 )
 def test_what_does_not_exist_is_an_error_with_the_nearest_that_does(flags, message):
@@ -110,7 +110,7 @@ def test_what_does_not_exist_is_an_error_with_the_nearest_that_does(flags, messa
 
 def test_a_batch_larger_than_the_training_split_is_an_error():
     with pytest.raises(
-        ConfigError, match=r"train\.batch_size = 224 is above the 100 training samples of synthetic; try --set train\.batch_size=25"
+        ConfigError, match=r"train\.batch_size = 224 is more than the 100 training samples of synthetic; try --set train\.batch_size=25"
     ):
         matrix({"synthetic": ref(train=100)})
 
@@ -127,7 +127,7 @@ def test_a_method_without_a_backbone_it_can_take_is_an_error_that_lists_the_poss
 def test_a_batch_that_does_not_divide_is_an_error_with_the_nearest_that_do():
     settings = load_settings(environ={}, flags={"train.batch_size": 224})
     check_world(settings.config, 2)
-    with pytest.raises(ConfigError, match="nearest that do: 222 or 225"):
+    with pytest.raises(ConfigError, match="nearest that do are 222 or 225"):
         check_world(settings.config, 3)
 
 

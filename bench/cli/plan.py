@@ -79,15 +79,16 @@ def show_plan(plan: Plan, *, processes: int = 1, groups: int = 1, on: str | None
     if on is not None and on not in history.devices:
         raise ValueError(f"--on {on}: no record is of this device; there are: {', '.join(history.devices) or 'none'}")
     device = on or this_device()
-    told = forecast(plan, history, device=device, processes=processes, groups=groups) if device in history.devices and plan.to_do else None
+    estimable = device in history.devices and bool(plan.to_do)
+    predicted = forecast(plan, history, device=device, processes=processes, groups=groups) if estimable else None
 
     console = table_console()
-    extra = (["estimate", "group"] if groups > 1 else ["estimate"]) if told else []
+    extra = (["estimate", "group"] if groups > 1 else ["estimate"]) if predicted else []
     table = Table("dataset", "backbone", "trains as", "guidance", "seed", "read out by", "training", *extra)
     for training, cells in plan.matrix.trainings:
         names = ", ".join(f"[green]{c.method}[/]" if c.key in plan.done else c.method for c in cells)
         columns = [training.dataset.shown, training.backbone, training.trains_as, training.guidance, str(training.seed), names]
-        table.add_row(*columns, training.key[:10], *(_estimate_columns(told, training.key) if told else ()))
+        table.add_row(*columns, training.key[:10], *(_estimate_columns(predicted, training.key) if predicted else ()))
     console.print(table)
     brought = {f"{key} for {source}" for training, _ in plan.matrix.trainings for key, source in training.brought.items()}
     for line in sorted(brought):
@@ -108,7 +109,7 @@ def show_plan(plan: Plan, *, processes: int = 1, groups: int = 1, on: str | None
         markup=False,
     )
     if plan.to_do:
-        for line in _forecast_lines(told, history, device):
+        for line in _forecast_lines(predicted, history, device):
             console.print(line, highlight=False, markup=False)
 
 
@@ -119,34 +120,34 @@ def _twin_lines(plan: Plan) -> list[str]:
     return [f"{labels[source.reference().fingerprint]} is {source.folder}" for source in sources]
 
 
-def _estimate_columns(told: Forecast, key: str) -> list[str]:
-    estimate = told.estimates.get(key)
-    time = "done" if key not in told.estimates else "no records" if estimate is None else duration(estimate.seconds)
-    return [time, str(told.group.get(key, "")) if told.groups > 1 else ""][: 1 + (told.groups > 1)]
+def _estimate_columns(predicted: Forecast, key: str) -> list[str]:
+    estimate = predicted.estimates.get(key)
+    time = "done" if key not in predicted.estimates else "no records" if estimate is None else duration(estimate.seconds)
+    return [time, str(predicted.group.get(key, "")) if predicted.groups > 1 else ""][: 1 + (predicted.groups > 1)]
 
 
-def _forecast_lines(told: Forecast | None, history: History, device: str) -> list[str]:
-    if told is None:
+def _forecast_lines(predicted: Forecast | None, history: History, device: str) -> list[str]:
+    if predicted is None:
         if not history.devices:
             return ["no estimate of time: no records of any kind in this results folder yet"]
-        there = ", ".join(f"{name!r} ({number} trainings)" for name, number in history.devices.items())
-        return [f"no estimate of time for {device!r}: the records are of {there}. --on DEVICE estimates for one of these"]
-    known, total = len(told.known), len(told.estimates)
+        known_devices = ", ".join(f"{name!r} ({number} trainings)" for name, number in history.devices.items())
+        return [f"no estimate of time for {device!r}: the records are of {known_devices}. --on DEVICE estimates for one of these"]
+    known, total = len(predicted.known), len(predicted.estimates)
     lines = []
     if known:
-        each = "1 process" if told.processes == 1 else f"{told.processes} processes"
-        hours = f"{told.device_hours:.3g} {'GPU' if told.gpu else 'device'}-hours"
+        each = "1 process" if predicted.processes == 1 else f"{predicted.processes} processes"
+        hours = f"{predicted.device_hours:.3g} {'GPU' if predicted.gpu else 'device'}-hours"
         lines.append(
-            f"estimate for {told.device}: {known} of {total} trainings take {duration(told.seconds)} with {each}, {hours}; each from "
-            f"{_range([estimate.trainings for estimate in told.known])} finished of its kind"
+            f"estimate for {predicted.device}: {known} of {total} trainings take {duration(predicted.seconds)} with {each}, {hours}; "
+            f"each from {_range([estimate.trainings for estimate in predicted.known])} finished of its kind"
         )
     if known < total:
-        first = "; they are begun first" if told.groups > 1 else ""
+        first = "; they are begun first" if predicted.groups > 1 else ""
         lines.append(f"no estimate for {total - known} of {total} trainings: no records of their kind yet{first}")
-    if known and told.groups > 1:
+    if known and predicted.groups > 1:
         lines.append(
-            f"placement on {told.groups} groups of {told.processes}, longest first: "
-            f"{'those with an estimate end' if known < total else 'all end'} after {duration(told.wall_seconds)}"
+            f"placement on {predicted.groups} groups of {predicted.processes}, longest first: "
+            f"{'those with an estimate end' if known < total else 'all end'} after {duration(predicted.wall_seconds)}"
         )
     return lines
 

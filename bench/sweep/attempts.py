@@ -1,7 +1,7 @@
-"""A training that breaks the processes twice at the same place is not tried a third time by the same run: the others get their turn.
+"""A run gives a training up that breaks its processes twice at the same place, and goes on with the next training.
 
-Where several processes work together and one of them fails, all have to leave, and torch elastic starts them again. That is right when a
-process was killed, and would never end when it is the training that kills.
+If one of several processes fails, all have to end, and torch elastic starts them again. That is right for a process that was killed. It
+would never end for a training that kills its processes.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 RUN = "BENCH_RUN"
-"""Names the run of an agent, over all starts of its processes and all nodes. Without two underscores it is no setting."""
+"""Environment variable that names a run, over all starts of its processes and all nodes. Without two underscores it is no setting."""
 MOST = 2
-"""Attempts at the same place."""
+"""Attempts at the same checkpoint."""
 
 
 def noted(known: Mapping[str, Any] | None, checkpoint: Path | None) -> dict[str, Any]:
-    """What to write into a failure file: how often this run has failed since the newest checkpoint. Empty without an agent.
+    """How often this run has failed since the newest checkpoint, for the failure file. Empty without `RUN`.
 
     Args:
         known: the failure file as it is.
@@ -32,5 +32,5 @@ def noted(known: Mapping[str, Any] | None, checkpoint: Path | None) -> dict[str,
 
 
 def given_up(failure: Mapping[str, Any]) -> bool:
-    """Whether this very run has tried often enough; another run tries again."""
+    """Whether this run has tried `MOST` times. A later run tries again."""
     return RUN in os.environ and failure.get("run") == os.environ[RUN] and failure["attempts"] >= MOST

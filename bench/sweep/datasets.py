@@ -1,4 +1,4 @@
-"""Which prepared dataset a name in the configuration means, and preparing the ones that need nothing from the user."""
+"""Find the prepared dataset that a name in the configuration means, and prepare the datasets that need nothing from the user."""
 
 from __future__ import annotations
 
@@ -20,27 +20,30 @@ from bench.runtime.interruption import StopRequest
 from bench.runtime.observer import Observer, Work
 
 BUSY_SECONDS = 1.0
-"""Between attempts at a dataset that another run is preparing."""
+"""Time between two looks at a dataset that another run prepares."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A dataset the run needs: prepared, or with all that is needed to prepare it."""
+    """A dataset of a run: prepared, or with all that is needed to prepare it."""
 
     name: str
     entry: str
+    """Registered dataset."""
     options: Mapping[str, Any]
     raw: Path | None
+    """Folder of the download, if the dataset needs one."""
     folder: Path
+    """Folder of the shards."""
     allow_partial: bool = False
     landmark_weights: Path | None = None
     index: Index | None
-    """None = still to be prepared."""
+    """None: not prepared yet."""
 
     def reference(self) -> DatasetRef:
-        """For the matrix. A dataset still to be prepared has a provisional fingerprint, of what it will be prepared from."""
+        """The dataset as the matrix sees it. Before it is prepared, its fingerprint is provisional: a hash of what it is prepared from."""
         if self.index is not None:
             return DatasetRef(
                 name=self.name,
@@ -59,29 +62,23 @@ class Source:
 
 
 def resolve_dataset(settings: Settings, name: str) -> Source:
-    """Find a dataset by the name used in ``run.datasets``: a prepared folder's path, a ``[datasets.NAME]`` table, or an entry.
+    """Find a dataset by its name in ``run.datasets``: the path of a prepared folder, a ``[datasets.NAME]`` table, or an entry.
 
     Raises:
-        ConfigError: unknown name, options other than those it was prepared with, or not prepared and not preparable
-            without the user; the message gives the command to type.
+        ConfigError: an unknown name, options that differ from those it was prepared with, or a dataset that only the user can prepare;
+            the message gives the command to type.
     """
     config, root = settings.config, settings.config.run.data
     if (Path(name) / INDEX_NAME).is_file():
         return _prepared(Path(name), load_index(Path(name)).name)
+    if name not in config.datasets and name not in DATASETS:
+        return _prepared_in(root, name, settings)
     section = dict(config.datasets.get(name, {}))
     entry = section.pop("entry", name)
     raw = section.pop("raw", None)
     allow_partial = section.pop("allow_partial", False)
     weights = section.pop("landmark_weights", None)
     where = f"[datasets.{name}]"
-    if name not in config.datasets and name not in DATASETS:
-        if (root / name / INDEX_NAME).is_file():
-            return _prepared(root / name, name)
-        there = [p.parent.name for p in root.glob(f"*/{INDEX_NAME}")] if root.is_dir() else []
-        raise ConfigError(
-            f"{settings.origin('run.datasets')}: unknown dataset {name!r}: no table [datasets.{name}], no registered dataset, "
-            f"no prepared folder {root / name}.{did_you_mean(name, {*DATASETS.names(), *config.datasets, *there})}"
-        )
     if entry not in DATASETS:
         raise ConfigError(f"{where} entry = {entry!r}: unknown dataset.{did_you_mean(str(entry), DATASETS.names())}")
     options = parse_options(DATASETS, entry, section, where=where).model_dump(mode="json")
@@ -89,21 +86,7 @@ def resolve_dataset(settings: Settings, name: str) -> Source:
     folder = prepared_folder(root, name=name, entry_name=entry, options=options)
     if (folder / INDEX_NAME).is_file():
         index = load_index(folder)
-        if index.entry != entry:
-            raise ConfigError(
-                f"{where}: {folder} was prepared from the dataset {index.entry!r}, not from {entry!r}. "
-                f"Prepare it again with --overwrite, or use another name"
-            )
-        different = [
-            f"{key}: prepared with {index.options.get(key)!r}, configured {options[key]!r}"
-            for key in section
-            if index.options.get(key) != options[key]
-        ]
-        if different:
-            raise ConfigError(
-                f"{where}: {folder} was prepared with other options ({'; '.join(different)}). "
-                f"Prepare it again with --overwrite, or use another name"
-            )
+        _check_prepared(index, folder=folder, where=where, entry=entry, options={key: options[key] for key in section})
         return Source(name=name, entry=entry, options=index.options, raw=None, folder=folder, index=index)
     if not info.embedded and raw is None:
         raise ConfigError(
@@ -127,11 +110,41 @@ def _prepared(folder: Path, name: str) -> Source:
     return Source(name=name, entry=index.entry, options=index.options, raw=None, folder=folder, index=index)
 
 
+def _prepared_in(root: Path, name: str, settings: Settings) -> Source:
+    """A prepared folder that no table and no entry names."""
+    if (root / name / INDEX_NAME).is_file():
+        return _prepared(root / name, name)
+    prepared = [path.parent.name for path in root.glob(f"*/{INDEX_NAME}")] if root.is_dir() else []
+    raise ConfigError(
+        f"{settings.origin('run.datasets')}: unknown dataset {name!r}: no table [datasets.{name}], no registered dataset, "
+        f"no prepared folder {root / name}.{did_you_mean(name, {*DATASETS.names(), *settings.config.datasets, *prepared})}"
+    )
+
+
+def _check_prepared(index: Index, *, folder: Path, where: str, entry: str, options: Mapping[str, Any]) -> None:
+    """Refuse a folder that was prepared from another entry, or with options that differ from the configured ones."""
+    if index.entry != entry:
+        raise ConfigError(
+            f"{where}: {folder} was prepared from the dataset {index.entry!r}, not from {entry!r}. "
+            f"Prepare it again with --overwrite, or use another name"
+        )
+    differences = [
+        f"{key}: prepared with {index.options.get(key)!r}, configured {value!r}"
+        for key, value in options.items()
+        if index.options.get(key) != value
+    ]
+    if differences:
+        raise ConfigError(
+            f"{where}: {folder} was prepared with other options ({'; '.join(differences)}). "
+            f"Prepare it again with --overwrite, or use another name"
+        )
+
+
 def check_splits(source: Source, *, needed: tuple[str, ...]) -> None:
-    """Refuse a dataset without the splits a run needs.
+    """Refuse a dataset without the splits that a run needs.
 
     Raises:
-        ConfigError: naming the split and what there is.
+        ConfigError: naming the split and the splits of the dataset.
     """
     samples = source.reference().samples
     for split in needed:
@@ -142,12 +155,12 @@ def check_splits(source: Source, *, needed: tuple[str, ...]) -> None:
 
 
 def prepare_missing(sources: Iterable[Source], *, observer: Observer, plugins: Sequence[str], stop: StopRequest | None = None) -> None:
-    """Prepare the datasets that still have to be. Called on one process.
+    """Prepare the datasets that are not prepared. Call it on one process.
 
-    Where another run is preparing the same one, wait for it, and take over if it ends without having finished.
+    If another run prepares the same dataset, wait for it, and take over if it ends before it has finished.
 
     Raises:
-        StoppedError: ``stop`` asked for it; finished shards are kept.
+        StoppedError: a request to stop; finished shards are kept.
     """
     for source in sources:
         if source.index is None:
@@ -187,7 +200,7 @@ def _prepare(source: Source, *, observer: Observer, plugins: Sequence[str], stop
             waiting = True
             time.sleep(BUSY_SECONDS)
         except RuntimeError:
-            stop.check()  # a signal to the whole process group ends the workers too
+            stop.check()  # a signal to the process group ends the workers, too
             raise
         else:
             break

@@ -1,8 +1,8 @@
-"""How long trainings will take, from finished ones of the same kind; and how a sweep packs them onto groups of processes.
+"""How long trainings take, estimated from finished trainings of the same kind; and how a sweep packs them onto groups of processes.
 
-An estimate is arithmetic on records, nothing else: the device seconds (time x processes) that a picture took, the median over the
-trainings of the kind, times the pictures there will be, over the processes there will be. That processes share the work evenly is an
-assumption; so is that pictures cost the same whatever the batch size. What has no record of its kind has no estimate.
+An estimate is arithmetic on records: the device seconds (time x processes) a picture took, as the median over the trainings of the kind,
+times the pictures to come, over the processes to come. It assumes that processes share the work evenly, and that a picture costs the same
+at every batch size. A training without a record of its kind has no estimate.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from bench.sweep.record import Record, device_name, hardware_facts, parse_record
 from bench.sweep.store import RECORD, Store, list_cells
 
 COSTLY = ("engine", "zero_stage", "precision", "tf32", "channels_last", "compile", "sync_batchnorm", "ema", "deterministic", "accumulate")
-"""Settings of ``train`` that change what a step costs; the others change how many steps there are, or nothing."""
+"""Settings of ``train`` that change what a step costs. The remaining settings change the number of steps, or nothing."""
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Of one training and the evaluation of its cells."""
+    """The time of a training and of the evaluation of its cells."""
 
     training_seconds: float
-    """0 if it is trained already."""
+    """0 if the training is finished."""
     evaluation_seconds: float
     trainings: int
-    """Finished trainings of this kind that the figures come from."""
+    """Number of finished trainings that the figures come from."""
 
     @property
     def seconds(self) -> float:
@@ -48,12 +48,12 @@ class Estimate:
 
 @dataclasses.dataclass(slots=True)
 class _Kind:
-    """Device seconds a picture, of finished trainings that cost the same."""
+    """Device seconds per picture, of finished trainings that cost the same."""
 
     training: dict[str, float] = dataclasses.field(default_factory=dict)
-    """By training key: each training once, however many cells it served."""
+    """Training key -> seconds: each training counts once, whatever the number of its cells."""
     evaluation: dict[tuple[Any, ...], list[float]] = dataclasses.field(default_factory=lambda: defaultdict(list))
-    """By `_reading`. A pass over the test split serves several methods at once; each is noted with the cost of the whole pass."""
+    """`_reading` -> seconds. A pass over the test split serves several methods; each method gets the cost of the whole pass."""
 
 
 class History:
@@ -77,21 +77,21 @@ class History:
 
     @property
     def devices(self) -> Mapping[str, int]:
-        """Device name -> number of trainings on it, most first."""
+        """Device name -> number of trainings, the most frequent device first."""
         return dict(Counter({device: len(keys) for device, keys in sorted(self._keys.items())}).most_common())
 
     def is_gpu(self, device: str) -> bool:
-        """Whether a device of the records is more than a processor."""
+        """Whether a device of the records is an accelerator."""
         return self._types[device] != "cpu"
 
     def estimate(self, planned: Planned, *, device: str, processes: int, trained: bool) -> Estimate | None:
-        """Of a training with these cells, on so many devices; None if there is no record of its kind, or none of some method's evaluation.
+        """Estimate a training and the evaluation of its cells. None without a record of its kind, or of the evaluation of a method.
 
         Args:
             planned: the training, with the cells that are missing.
             device: name, as in ``hardware`` of the records.
-            processes: that share the training.
-            trained: only the evaluation is missing.
+            processes: number of processes that share the training.
+            trained: whether only the evaluation is missing.
         """
         training, cells = planned
         kind = self._kinds.get((device, _kind_of_training(training)))
@@ -109,7 +109,7 @@ class History:
 
 
 def read_history(results: Path) -> History:
-    """What the finished cells of a results folder cost. A record that cannot be read is left out with a warning: no result hangs on it."""
+    """What the finished cells of a results folder cost. A record that cannot be read is left out with a warning."""
     records = []
     for folder in list_cells(results / "cells"):
         try:
@@ -120,7 +120,7 @@ def read_history(results: Path) -> History:
 
 
 def estimates(plan: Plan, history: History, *, device: str, processes: int) -> list[tuple[Planned, Estimate | None]]:
-    """An estimate for each training still to do, in the plan's order."""
+    """An estimate for each training still to do, in the order of the plan."""
     store = Store(plan.settings.config.run.results)
     return [
         (planned, history.estimate(planned, device=device, processes=processes, trained=store.is_trained(planned.training)))
@@ -131,42 +131,42 @@ def estimates(plan: Plan, history: History, *, device: str, processes: int) -> l
 def order(plan: Plan) -> list[Planned]:
     """The trainings still to do, in the order in which groups of processes should take them: see `longest_first`.
 
-    Only ratios matter here, so the device that most records are of will do. It reads the records: with several processes in a world call it
-    on one, and tell the others.
+    Only ratios matter, so the figures of the most frequent device serve. The function reads the records: of several processes one calls it
+    and sends the result to the rest.
     """
     history = read_history(plan.settings.config.run.results)
     device = next(iter(history.devices), "")
-    found = estimates(plan, history, device=device, processes=1)
-    return [found[place][0] for place in longest_first([e.seconds if e else None for _, e in found])]
+    pairs = estimates(plan, history, device=device, processes=1)
+    return [pairs[place][0] for place in longest_first([estimate.seconds if estimate else None for _, estimate in pairs])]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """What the trainings still to do will take, as far as records tell."""
+    """What the trainings still to do take, as far as records say."""
 
     device: str
-    """The one that the figures are for, as records name it."""
+    """Device of the figures, as records name it."""
     gpu: bool
-    """Whether that is more than a processor."""
+    """Whether the device is an accelerator."""
     processes: int
-    """Of each training."""
+    """Processes of each training."""
     groups: int
-    """Trainings at once."""
+    """Trainings at a time."""
     estimates: Mapping[str, Estimate | None]
     """Training key -> estimate."""
     group: Mapping[str, int]
-    """Training key -> group that does it, from 0, of those with an estimate."""
+    """Training key -> number of the group that does it, from 0. Only trainings with an estimate."""
     wall_seconds: float
-    """Until the last of those with an estimate has ended."""
+    """Time until the last training with an estimate ends."""
 
     @property
     def known(self) -> list[Estimate]:
-        """The estimates there are."""
+        """The estimates that are not None."""
         return [estimate for estimate in self.estimates.values() if estimate is not None]
 
     @property
     def seconds(self) -> float:
-        """One training after the other."""
+        """Time of all trainings one after another."""
         return sum(estimate.seconds for estimate in self.known)
 
     @property
@@ -180,13 +180,13 @@ def forecast(plan: Plan, history: History, *, device: str, processes: int, group
 
     Args:
         plan: what to do.
-        history: what is known.
-        device: one of ``history.devices``.
-        processes: of each training.
-        groups: trainings at once.
+        history: finished trainings.
+        device: a key of ``history.devices``.
+        processes: processes of each training.
+        groups: trainings at a time.
     """
-    found = {planned.training.key: e for planned, e in estimates(plan, history, device=device, processes=processes)}
-    seconds = {key: estimate.seconds for key, estimate in found.items() if estimate is not None}
+    known = {planned.training.key: e for planned, e in estimates(plan, history, device=device, processes=processes)}
+    seconds = {key: estimate.seconds for key, estimate in known.items() if estimate is not None}
     keys = list(seconds)
     keys = [keys[place] for place in longest_first(list(seconds.values()))]
     chosen, wall = schedule([seconds[key] for key in keys], groups=groups)
@@ -195,31 +195,33 @@ def forecast(plan: Plan, history: History, *, device: str, processes: int, group
         gpu=history.is_gpu(device),
         processes=processes,
         groups=groups,
-        estimates=found,
+        estimates=known,
         group=dict(zip(keys, chosen, strict=True)),
         wall_seconds=wall,
     )
 
 
 def this_device() -> str:
-    """Name of what this machine computes on, as its records have it."""
+    """Name of the device this machine computes on, as its records have it."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return device_name(hardware_facts(accelerator or torch.device("cpu"), world_size=1))
 
 
 def longest_first(seconds: Sequence[float | None]) -> list[int]:
-    """Places in the order to begin with: first those of unknown length, as given, then the longest.
+    """Positions of trainings in the order to begin them: first those of unknown length, in the given order, then the longest.
 
-    Begun late, a long one keeps everybody waiting; what is unknown may be long.
+    A long training that begins late makes all groups wait for it, and a training of unknown length may be long.
     """
     return sorted(range(len(seconds)), key=lambda place: -(float("inf") if seconds[place] is None else seconds[place] or 0.0))
 
 
 def schedule(seconds: Sequence[float], *, groups: int) -> tuple[list[int], float]:
-    """Give each in turn to the group that is free first (Graham's list scheduling; longest first: at most 4/3 of the best wall time).
+    """Give each training in turn to the group that is free first.
+
+    Graham's list scheduling; with the longest first the wall time is at most 4/3 of the best (Graham, SIAM J. Appl. Math. 1969).
 
     Returns:
-        The group of each, and the wall time until the last has ended.
+        The group of each training, and the wall time until the last has ended.
     """
     free = [(0.0, group) for group in range(groups)]
     chosen = []
@@ -231,7 +233,7 @@ def schedule(seconds: Sequence[float], *, groups: int) -> tuple[list[int], float
 
 
 def _reading(method: str, evaluation: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What of an evaluation decides its cost: the method, and the optional measures with their number of samples."""
+    """The part of an evaluation that decides its cost: the method, and the optional measures with their number of samples."""
     measures = tuple(evaluation.get("measures", ()))
     return (method, measures, evaluation.get("measure_samples", 0) if measures else 0)
 
@@ -250,7 +252,7 @@ def _kind_of_training(training: Training) -> str:
 
 def _kind_of_record(record: Record) -> str | None:
     if record.cell.method not in METHODS:
-        return None  # of a plugin that is not there
+        return None  # of a plugin that is not loaded
     return _kind(
         trains_as=METHODS.get(record.cell.method).info.trains_as or record.cell.method,
         options=record.training_options,
@@ -263,6 +265,6 @@ def _kind_of_record(record: Record) -> str | None:
 
 
 def _kind(*, settings: Mapping[str, Any], **identity: Any) -> str:
-    train = TrainConfig().model_dump(mode="json") | settings["train"]  # records from before a setting existed had its default
+    train = TrainConfig().model_dump(mode="json") | settings["train"]  # a record from before a setting existed had its default
     layers = settings.get("guidance", {}).get("layers")
     return digest({**identity, "layers": layers, "size": settings["images"]["size"], "train": {name: train[name] for name in COSTLY}})

@@ -1,8 +1,8 @@
-"""``<results>/events.jsonl``: what happened to which training, when and where; one line an event, from all runs on the folder.
+"""``<results>/events.jsonl`` says what happened to each training, when and where. All runs on the folder append to it, one line an event.
 
-A line is written by one ``write`` to a file opened with ``O_APPEND`` and is shorter than 4 kB, so that lines of several processes do not
-mix on a local file system. Over NFS two that are written at once may overwrite each other: this is a log for people. What counts is the
-records.
+A line is written by one ``write`` to a file opened with ``O_APPEND``, and is shorter than 4 kB. So lines of several processes do not mix on
+a local file system. Over NFS, lines that are written at the same time may overwrite each other: the log is for people, and results never
+depend on it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.io import timestamp
 
 EVENTS_NAME = "events.jsonl"
 _TEXT = 250
-"""Longest text of one value, in characters; escaped it may be twelve times as long."""
+"""Longest text of a value, in characters. Escaped as JSON it can be twelve times as long."""
 
 Event = Literal["begin", "resume", "evaluate", "end", "fail", "interrupt", "lost"]
 _log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class EventLog:
         self._path = root / EVENTS_NAME
 
     def write(self, event: Event, training: str, *, label: str, **facts: Any) -> None:
-        """Append one line. A log that cannot be written, on a full disk for one, is no reason to fail."""
+        """Append a line. If the log cannot be written (a full disk), a warning says so and the run goes on."""
         line = {
             "event": event,
             "training": training,

@@ -1,19 +1,19 @@
-"""Leases: of several runs on one results folder, which one works on a training. No daemon, no flock; safe on NFS.
+"""Leases decide which of several runs on one results folder works on a training. There is no daemon and no flock; leases are safe on NFS.
 
-``<results>/leases/<key>.<n>.json`` is made with ``O_EXCL``, so only one process can make it. Who it is stands in it; how it gets on
-stands at its end and is rewritten in place. A heartbeat renews the time of the file, through the open descriptor: whatever has happened
-to the name, a holder never touches a lease but its own.
+A lease is a file, ``<results>/leases/<key>.<n>.json``. It is made with ``O_EXCL``, so only one process can make it. The file names its
+holder; the holder's progress is its last field, and is rewritten in place. A heartbeat renews the time of the file through the open
+descriptor, so a holder never touches the lease of another process, whatever happens to the name.
 
-A lease is stale when it was not renewed for ``stale_s``, or at once when its process is known to be gone: same machine (boot and process
-namespace), and no process of that id and start. Age is the time of the lease against the time of a file touched just now in the same
-folder: only the clock of the file server counts, the clocks of the hosts may differ.
+A lease is stale when it was not renewed for ``stale_s`` seconds. It is stale at once when its process is known to have ended: the lease is
+of the same machine (boot and process namespace), and no process has its id and start time. The age of a lease is measured against a file
+that is touched in the same folder, so only the clock of the file server counts.
 
-A stale lease ``n`` is taken over by making ``n + 1``: of several takers ``O_EXCL`` lets one succeed. It looks again afterwards. If there
-is a lease that it has not judged, or one that was renewed since, it takes its own back and tries later; otherwise it removes the stale
-one. A holder that slept (a suspended laptop) finds its lease gone before it writes anything, and stops.
+A run takes over a stale lease ``n`` by making lease ``n + 1``; ``O_EXCL`` lets one of several takers succeed. The taker then reads the
+folder again. If it sees a lease that it has not judged, or a lease that was renewed since, it removes its own lease and tries later.
+Otherwise it removes the stale lease. A holder that slept (a suspended laptop) finds its lease gone before it writes anything, and stops.
 
-Accepted trade-off: a holder that sleeps for longer than ``stale_s`` exactly between looking and writing still writes that one file. It is
-whole, and equal to what the new holder writes.
+Known limit: a holder that sleeps for longer than ``stale_s`` exactly between its last look and its write still writes that one file. The
+file is whole, and equal to the file that the new holder writes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """A lease as it was read. Only ``path`` and ``renewed`` are known of one whose making was cut short."""
+    """A lease as it was read. If its making was interrupted, only ``path`` and ``renewed`` are known."""
 
     path: Path
     generation: int
@@ -69,12 +69,12 @@ class Holder:
 
     @property
     def gone(self) -> bool:
-        """Whether its process is known to have ended; False also where that cannot be known."""
+        """Whether its process is known to have ended. False where that cannot be known."""
         return bool(self.machine) and self.machine == machine_id() and process_start(self.pid) != self.started
 
 
 class Lease:
-    """A lease that this process holds. Renewed by a thread until `release`."""
+    """A lease that this process holds. A thread renews it until `release`."""
 
     def __init__(self, path: Path, descriptor: int, token: str, *, progress_at: int, heartbeat_s: float) -> None:
         self.path = path
@@ -88,11 +88,11 @@ class Lease:
 
     @property
     def lost(self) -> bool:
-        """Whether the last look found it gone."""
+        """Whether the lease was gone when it was last read."""
         return self._lost
 
     def confirm(self) -> None:
-        """Renew, and look whether it is still there.
+        """Renew the lease, and check that it is still there.
 
         Raises:
             LeaseLostError: another process has taken over.
@@ -101,22 +101,28 @@ class Lease:
             os.utime(self._descriptor)
             self._lost = self._lost or _token(self.path) != self._token
         except OSError as error:
-            raise LeaseLostError(f"the lease {self.path} cannot be looked after ({error}); nothing more is written") from error
+            raise LeaseLostError(
+                f"the lease {self.path} cannot be renewed: {error}. This run writes nothing more for the training"
+            ) from error
         if self._lost:
             raise LeaseLostError(
-                f"the lease {self.path} is gone: another run has taken this training over, because there was no sign of life from here "
-                f"(suspended? cut off from the file server?), or somebody has removed it. Nothing more is written from here"
+                f"the lease {self.path} is gone. Another run has taken this training over, because this run gave no sign of life "
+                f"(suspended, or cut off from the file server?), or somebody has removed the file. This run writes nothing more for it"
             )
 
     def report(self, progress: Mapping[str, Any]) -> None:
-        """Write how the work gets on into the lease, in place; `progress` is a handful of short values."""
+        """Write progress into the lease file, in place.
+
+        Args:
+            progress: a few short values; more than half a kilobyte of JSON is not written.
+        """
         data = json.dumps(progress).encode()
         if len(data) <= _PROGRESS_BYTES and not self._released.is_set():
             with contextlib.suppress(OSError):  # a display, not a result
                 os.pwrite(self._descriptor, data.ljust(_PROGRESS_BYTES), self._progress_at)
 
     def release(self) -> None:
-        """Give it up. Another's lease is never removed."""
+        """Give the lease up. The lease of another process is never removed."""
         if self._released.is_set():
             return
         self._released.set()
@@ -146,34 +152,34 @@ class Leases:
         self._stale_s = stale_s
 
     def claim(self, key: str, *, label: str, world_size: int) -> Lease | Holder:
-        """Take the lease of ``key``, from nobody or from a stale holder; where somebody lives, tell who.
+        """Take the lease of ``key``, or return its holder if that is alive. A stale lease is taken over.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         while True:
-            there = list(read_leases(self.folder, key))
-            living = [holder for holder in there if not self.is_stale(holder)]
+            stale = list(read_leases(self.folder, key))
+            living = [holder for holder in stale if not self.is_stale(holder)]
             if living:
                 return living[-1]
-            generation = max((holder.generation for holder in there), default=0) + 1
+            generation = max((holder.generation for holder in stale), default=0) + 1
             made = self._make(self.folder / f"{key}.{generation}.json", label=label, world_size=world_size)
             if made is None:
-                continue  # somebody was faster: look again
-            judged = {(holder.path, holder.token, holder.renewed) for holder in there}
-            others = [holder for holder in read_leases(self.folder, key) if holder.path != made.path]
-            if any((holder.path, holder.token, holder.renewed) not in judged for holder in others):
+                continue  # another process was faster: read again
+            judged = {(holder.path, holder.token, holder.renewed) for holder in stale}
+            rivals = [holder for holder in read_leases(self.folder, key) if holder.path != made.path]
+            if any((holder.path, holder.token, holder.renewed) not in judged for holder in rivals):
                 made.release()
-                time.sleep(random.uniform(0.01, 0.1))  # noqa: S311 - so that two that met do not meet again
+                time.sleep(random.uniform(0.01, 0.1))  # noqa: S311 - so that two processes that met do not meet again
                 continue
-            for holder in others:
+            for holder in rivals:
                 _log.info("took over the lease of %s from %s, which has gone silent", holder.label or key, holder.name)
                 holder.path.unlink(missing_ok=True)
             return made
 
     def clear(self) -> None:
-        """Remove the leases that nobody looks after, of work that may be finished: a process can die between its end and its release."""
+        """Remove stale leases. Their work may be finished: a process can die between the end of its work and the release."""
         for holder in list(read_leases(self.folder)):
             if self.is_stale(holder):
                 claimed = self.claim(lease_key(holder.path), label=holder.label, world_size=1)
@@ -181,7 +187,7 @@ class Leases:
                     claimed.release()
 
     def is_stale(self, holder: Holder) -> bool:
-        """Whether nobody looks after a lease any more. Touches the clock file where that is needed to know."""
+        """Whether the holder of a lease has ended or gone silent. Touches the clock file if the age has to be known."""
         return holder.gone or (self._now() - holder.renewed > self._stale_s)
 
     def _now(self) -> float:
@@ -205,7 +211,7 @@ class Leases:
             "since": timestamp(),
             "label": label,
         }
-        # The progress is the last value, with room behind it: it can be rewritten in place and the whole stays JSON.
+        # The progress is the last value, with room behind it, so that it can be rewritten in place and the file stays JSON.
         head = json.dumps(identity, indent=1).removesuffix("\n}").encode() + b',\n "progress":\n'
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
@@ -222,31 +228,31 @@ class Leases:
 
 
 def read_leases(folder: Path, key: str | None = None) -> Iterator[Holder]:
-    """The leases in a folder, or those of one key, oldest generation first. Changes nothing."""
-    found = []
+    """The leases in a folder, or those of ``key``, oldest generation first. Changes nothing."""
+    leases = []
     for path in folder.glob(f"{key or '*'}.*.json"):
         match = _NAME.fullmatch(path.name)
         if match:
-            found.append((match["key"], int(match["generation"]), path))
-    for _, generation, path in sorted(found):
-        with contextlib.suppress(FileNotFoundError):  # released while we look
+            leases.append((match["key"], int(match["generation"]), path))
+    for _, generation, path in sorted(leases):
+        with contextlib.suppress(FileNotFoundError):  # released meanwhile
             yield _read(path, generation)
 
 
 def lease_key(path: Path) -> str:
-    """What the lease in a file is of."""
+    """The key of the lease in a file."""
     return path.name.split(".")[0]
 
 
 def _read(path: Path, generation: int) -> Holder:
-    with path.open("rb") as file:  # opening anew is what makes NFS ask the server
+    with path.open("rb") as file:  # NFS asks the server when a file is opened
         renewed = os.fstat(file.fileno()).st_mtime
         text = file.read().decode(errors="replace")
     head, _, tail = text.partition(' "progress":\n')
     try:
         identity = json.loads(head.rstrip().removesuffix(",") + "}")
     except ValueError:
-        return Holder(path=path, generation=generation, renewed=renewed)  # its making was cut short
+        return Holder(path=path, generation=generation, renewed=renewed)  # its making was interrupted
     try:
         progress = json.loads(tail.rstrip().removesuffix("}"))
     except ValueError:
@@ -262,7 +268,7 @@ def _token(path: Path) -> str | None:
 
 
 def machine_id() -> str:
-    """What processes have in common that can see each other: the boot and the process namespace. Empty where there is no /proc."""
+    """The boot and the process namespace of this process: equal for processes that can see each other. Empty without /proc."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
@@ -270,7 +276,7 @@ def machine_id() -> str:
 
 
 def process_start(pid: int) -> int | None:
-    """Start of a process in clock ticks since boot, which tells it from a later one of the same id; None if there is none."""
+    """Start of a process in clock ticks since boot: a later process of the same id has a later start. None without such a process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""From settings to a checked plan. Everything that can be wrong is found here, before a process or a file is made."""
+"""From settings to a checked plan. Every error that can be known appears here, before a process or a file is made."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from bench.sweep.trial import outline, try_out
 from bench.training.build import build_reader
 
 FEW = 0.5
-"""Share of the training faces with an AU map below which guidance is warned of."""
+"""Share of the training faces with an AU map below which a warning says that guidance has little to work on."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a run will do."""
+    """What a run does."""
 
     settings: Settings
     sources: Mapping[str, Source]
     matrix: Matrix
     done: frozenset[str]
-    """Keys of the cells that are finished."""
+    """Keys of the finished cells."""
     world_size: int = 1
     """Processes of one training."""
     only: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class Plan:
 
     @property
     def to_do(self) -> tuple[Planned, ...]:
-        """Trainings with the cells still missing, in order."""
+        """Trainings with their missing cells, in order."""
         open_cells = [Planned(t, tuple(c for c in cells if c.key not in self.done)) for t, cells in self.matrix.trainings]
         return tuple(planned for planned in open_cells if planned.cells)
 
@@ -53,11 +53,11 @@ def make_plan(settings: Settings, *, world_size: int = 1, only: Sequence[str] = 
         settings: validated.
         world_size: processes of one training.
         only: see `only_trainings`; empty = all.
-        trial: whether to try out what is still to be done, see `bench.sweep.trial`; seconds for each network of usual size.
+        trial: whether to try the networks still to be trained, see `bench.sweep.trial`; this takes seconds for a network of usual size.
 
     Raises:
-        ConfigError: with origin, key, value, and what would do.
-        FileNotFoundError: pretrained weights that are not there.
+        ConfigError: with origin, key, value, and a valid choice.
+        FileNotFoundError: missing pretrained weights.
     """
     config = settings.config
     check_world(config, world_size)
@@ -110,7 +110,7 @@ def ready_plan(
 
 
 def read_matrix(settings: Settings) -> tuple[Mapping[str, Source], Matrix]:
-    """The datasets by the name or path given, and the cells: all that looking at results needs. Builds no network.
+    """The datasets by the names or paths given, and the cells. Enough to look at results: no network is built.
 
     Raises:
         ConfigError: see `resolve_dataset` and `build_matrix`.
@@ -121,23 +121,29 @@ def read_matrix(settings: Settings) -> tuple[Mapping[str, Source], Matrix]:
 
 
 def only_trainings(matrix: Matrix, keys: Sequence[str]) -> Matrix:
-    """The part of a matrix that some trainings serve, given by their keys or by beginnings of them, as ``bench plan`` shows.
+    """The part of a matrix that some trainings serve.
+
+    Args:
+        matrix: all cells.
+        keys: keys of trainings, or beginnings of keys, as ``bench plan`` shows them.
 
     Raises:
-        ConfigError: a key of no training of the matrix, or a beginning of several.
+        ConfigError: a key of no training of the matrix, or the beginning of several keys.
     """
     known = {planned.training.key: planned.training for planned in matrix.trainings}
     chosen = set()
     for key in keys:
-        found = [full for full in known if key and full.startswith(key)]
-        if not found:
+        matches = [full for full in known if key and full.startswith(key)]
+        if not matches:
             raise ConfigError(
-                f"--only {key}: the plan has no such training. A key stands for everything that can change the weights: if it was right "
-                f"once, settings or data have changed since. bench plan shows the keys of now"
+                f"--only {key}: the plan has no such training. A key stands for everything that can change the weights: if the key was "
+                f"right before, settings or data have changed since. bench plan shows the present keys"
             )
-        if len(found) > 1:
-            raise ConfigError(f"--only {key}: begins {len(found)} keys: {', '.join(f'{k[:12]} ({known[k].label})' for k in found)}")
-        chosen.update(found)
+        if len(matches) > 1:
+            raise ConfigError(
+                f"--only {key}: {len(matches)} keys begin with it: {', '.join(f'{full[:12]} ({known[full].label})' for full in matches)}"
+            )
+        chosen.update(matches)
     return Matrix(cells=tuple(cell for cell in matrix.cells if cell.training.key in chosen))
 
 
@@ -152,10 +158,10 @@ def check_readers(matrix: Matrix) -> None:
 
 
 def check_layers(matrix: Matrix) -> None:
-    """Look whether every network of the plan can be built, and has the layers that are guided; without memory.
+    """Check that every network of the plan can be built and has the guided layers. No memory is taken for the weights.
 
     Raises:
-        ConfigError: an option, image size or guided layer that the network does not have.
+        ConfigError: an option or image size that a network refuses, or a guided layer that it does not have.
     """
     seen: dict[str, set[int]] = {}
     for training, _ in matrix.trainings:
@@ -171,7 +177,7 @@ def check_layers(matrix: Matrix) -> None:
 
 
 def check_guidance(sources: Iterable[Source], matrix: Matrix) -> None:
-    """Look whether the guided cells of a plan have something to be guided by; a warning where fewer than half of the faces have.
+    """Check that the guided cells of a plan have AU maps to be guided by. A warning says where fewer than half of the faces have one.
 
     Raises:
         ConfigError: a dataset whose training split has no AU map.
@@ -192,8 +198,8 @@ def check_guidance(sources: Iterable[Source], matrix: Matrix) -> None:
                 if not faces
                 else "no picture of its training split has landmarks: prepare it with landmarks (bench data prepare --help)"
             )
-            raise ConfigError(f"dataset {source.name}: there is nothing to guide by: {why}, or leave guidance out: --guidance none")
-        # Landmarks are counted for the whole split, and taken to be missing in all its classes alike.
+            raise ConfigError(f"dataset {source.name} has no AU map to guide by: {why}, or leave guidance out: --guidance none")
+        # Missing landmarks are counted for the whole split; the share assumes that they are missing in all classes alike.
         share = faces / sum(counts[name] for name in index.classes if ids[name] != 0) * (1 - without / sum(counts.values()))
         if share < FEW:
             _log.warning("dataset %s: about %.0f %% of its training faces have an AU map to be guided by", source.name, 100 * share)
@@ -202,7 +208,7 @@ def check_guidance(sources: Iterable[Source], matrix: Matrix) -> None:
 def _count_classes(planned: Planned, sources: Mapping[str, Source]) -> int:
     fingerprint = planned.training.dataset.fingerprint
     counts = [len(source.index.classes) for source in sources.values() if source.index and source.index.fingerprint == fingerprint]
-    return counts[0] if counts else len(EXPRESSIONS)  # not prepared yet: its plan is made again when it is
+    return counts[0] if counts else len(EXPRESSIONS)  # not prepared yet; the plan is made again afterwards
 
 
 def _check_dataset_tables(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""How the training at hand gets on, told to the display and, every few seconds, to the lease, where ``bench status`` reads it."""
+"""Progress of the current training: passed to the display and, every few seconds, to the lease, where ``bench status`` reads it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPORT_SECONDS = 2.0
 
 
 class LeaseObserver:
-    """Passes everything on, and reports it to the lease.
+    """Passes everything on to another observer, and reports it to the lease.
 
     The report: ``state`` (``training`` or ``evaluating``), ``step`` of ``steps`` (samples, in an evaluation), ``rate`` in steps per second
     since this start; ``epoch``, ``loss`` and ``accuracy`` of the last finished epoch.
@@ -31,7 +31,7 @@ class LeaseObserver:
         """See `Observer`."""
         self._observer.begin(work, steps=steps, done=done)
         self._begun, self._first = time.monotonic(), done
-        # An evaluation follows its training, and does not forget it.
+        # An evaluation follows its training and keeps the epoch and loss of it.
         self._progress |= {"state": work.phase, "step": done, "steps": steps, "rate": None}
         self._report()
 

@@ -1,6 +1,6 @@
-"""``record.json``: one cell's result with everything needed to believe it and to repeat it.
+"""``record.json``: the result of a cell, with everything that is needed to believe it and to repeat it.
 
-Records are read for ever: one of an older schema is brought up to date when it is read, never rewritten.
+A record of an older schema stays readable for ever. It is brought up to date when it is read, and its file is never rewritten.
 """
 
 from __future__ import annotations
@@ -46,59 +46,59 @@ class CellName(_Part):
 
 
 class DataFacts(_Part):
-    """What was evaluated on."""
+    """The data of the evaluation."""
 
     entry: str
     fingerprint: str
-    """Of the whole prepared dataset, `bench.data.index.Index.fingerprint`."""
+    """Identity of the prepared dataset, see `bench.data.index.Index.fingerprint`."""
     classes: tuple[str, ...]
     split: str
     samples: int
     keys_sha256: str
-    """Of the keys that were evaluated: each sample of the split, once."""
+    """Hash of the keys of the evaluated samples: each sample of the split, once."""
     bad_pictures: int
     """Pictures left out when the dataset was prepared."""
     provenance: dict[str, Any]
 
 
 class CodeFacts(_Part):
-    """Which code ran."""
+    """The code that ran."""
 
     version: str
     commit: str | None
     """None outside a git checkout."""
     clean: bool | None
-    """Whether the code was that of the commit; None where that cannot be known."""
+    """Whether the code was that of the commit. None where that is not known."""
     dirty_diff_sha256: str | None
-    """Hash of what the working tree had changed since the commit, untracked files with their content; None if nothing, or not known."""
+    """Hash of the changes since the commit, with the content of untracked files. None without changes, or where they are not known."""
     source_sha256: str | None
-    """Hash of the files of the program as they were when the run began, in a checkout or not; None in older records."""
+    """Hash of the program's files when the run began. None in older records."""
     entries: dict[str, str | None]
-    """Entries that are not the project's own, such as ``method mine`` -> `bench.registry.foreign_code`; None where there is no file."""
+    """Entries of plugins, such as ``method edge-cam`` -> `bench.registry.foreign_code`. None where there is no file."""
     libraries: dict[str, str]
 
 
 class ProcessFacts(_Part):
-    """How the batches of the training were spread, and whether that matters."""
+    """The numbers of processes of a training, and whether the weights depend on them."""
 
     counts: tuple[int, ...]
-    """Numbers of processes that the training ran in, in the order of their first use; several after a start with another number."""
+    """Numbers of processes, in the order of their first use. Several numbers after a restart with another number."""
     dependent: tuple[str, ...]
-    """What makes the weights depend on that number, in words; empty: nothing but rounding does."""
+    """What makes the weights depend on the number, in words. Empty: only rounding does."""
 
 
 class Record(_Part):
     """The whole of ``record.json``."""
 
     schema_version: Literal[4] = SCHEMA
-    """Of this form; a record that was written in an older one has been brought up to date."""
+    """Schema of this form. A record of an older schema has been brought up to date."""
     key: str
     training_key: str
     scheme: int
     """`bench.matrix.Training.scheme` of the training's key."""
     cell: CellName
     trains_as: str
-    """The method that trained: the cell's own, or the one a post-hoc method reads out."""
+    """The method that trained: the method of the cell, or the method whose network a post-hoc method reads."""
     variant: Literal["paper", "official"]
     protocol: Literal["val", "test-selected"]
     """How the checkpoint was selected."""
@@ -107,34 +107,34 @@ class Record(_Part):
     """Options of the method that trained."""
     backbone_options: dict[str, Any]
     keyed_code: dict[str, str] = {}
-    """Entries that do not come with this program and whose code is part of the keys, such as ``method mine`` -> hash."""
+    """Entries of plugins whose code is part of the keys, such as ``method edge-cam`` -> hash."""
     settings: dict[str, Any]
-    """What decided the weights: train, augment, images, protocol, guidance."""
+    """The settings that decided the weights: train, augment, images, protocol, guidance."""
     brought: dict[str, str]
-    """Dotted key -> source, of the settings that the dataset, backbone or method brought along."""
+    """Dotted key -> source, of settings that are defaults of the dataset, backbone or method."""
     evaluation: dict[str, Any]
     config: dict[str, Any]
     """The whole configuration of the run."""
     origins: dict[str, str]
     data: DataFacts
     attention_layer: int
-    """The layer whose cosine is the cell's ATT-COS: the (first) guided one, or the one guidance would take."""
+    """The layer whose cosine is ATT-COS: the first guided layer, or the layer that guidance would take."""
     metrics: dict[str, Any]
     """See `bench.evaluation.metrics.compute_metrics`."""
     invariance: dict[str, Any] | None
-    """Whether logits and maps depend on the batch they are computed in, see `bench.evaluation.invariance.check_invariance`: where
-    ``holds`` is false the figures are no property of the network, and are not ranked. None in records older than this check."""
+    """Whether logits and maps depend on the batch, see `bench.evaluation.invariance.check_invariance`. Where ``holds`` is false, the
+    figures are no property of the network and are not ranked. None in records older than this check."""
     selection: dict[str, Any]
     """Epoch and accuracy of the selected checkpoint on the selection split."""
     epochs: list[dict[str, Any]]
-    """The training's course."""
+    """Losses and accuracies of each epoch."""
     processes: ProcessFacts | None
-    """Of the training; None in older records."""
+    """Processes of the training. None in older records."""
     weights_sha256: str
     rows_sha256: str
-    """Of ``samples.parquet``."""
+    """Hash of ``samples.parquet``."""
     maps_sha256: str | None
-    """Of ``maps.safetensors``, the average maps of each class; None in records that have none."""
+    """Hash of ``maps.safetensors``, the average maps of each class. None without such maps."""
     code: CodeFacts
     hardware: dict[str, Any]
     cost: dict[str, Any]
@@ -146,7 +146,7 @@ class Record(_Part):
 
     @property
     def training(self) -> Training:
-        """The training it is of, as its own fields say: its key must be `training_key`."""
+        """The training of the record, from its fields. Its key must be `training_key`."""
         return Training(
             trains_as=self.trains_as,
             method_options=self.training_options,
@@ -169,7 +169,7 @@ class Record(_Part):
 
     @property
     def as_cell(self) -> Cell:
-        """The cell it is of, as its own fields say: its key must be `key`."""
+        """The cell of the record, from its fields. Its key must be `key`."""
         return Cell(
             method=self.cell.method,
             method_options=self.method_options,
@@ -186,16 +186,16 @@ def parse_record(content: bytes) -> Record:
     """Read the content of a ``record.json`` of any schema version.
 
     Raises:
-        ValueError: it is damaged, edited beyond recognition, or of a schema newer than this program.
+        ValueError: the content is damaged, or of a schema newer than this program.
     """
     tree = json.loads(content)
     version = tree.get("schema_version") if isinstance(tree, dict) else None
     if not isinstance(version, int) or version < 1:
         raise ValueError("it has no schema_version")
     if version > SCHEMA:
-        raise ValueError(f"it has schema_version {version}, this program knows up to {SCHEMA}: update bench")
+        raise ValueError(f"it has schema_version {version}, and this program knows versions up to {SCHEMA}: update bench")
     if version == SCHEMA:
-        return Record.model_validate_json(content)  # a third of the time of the way below, and tables read thousands
+        return Record.model_validate_json(content)  # three times as fast as below, and tables read thousands of records
     for step in range(version, SCHEMA):
         try:
             tree = _MIGRATIONS[step](tree) | {"schema_version": step + 1}
@@ -212,7 +212,7 @@ def _from_1(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_2(tree: Mapping[str, Any]) -> dict[str, Any]:
     code, cost = tree["code"], dict(tree["cost"])
-    # It was the most that the process had held since its start, whatever it had done before.
+    # Schema 2 recorded the peak of the process since its start, which was not that of the training.
     cost["training_peak_memory_bytes"] = None
     if tree["hardware"]["device"] == "cpu":
         cost["evaluation_peak_memory_bytes"] = None
@@ -231,18 +231,18 @@ def _from_3(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _MIGRATIONS: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2, 3: _from_3}
-"""Schema version -> what makes the next one of it. Once released, a step is never changed."""
+"""Schema version -> function that makes the next version. A released function is never changed."""
 
 
 CODE = ("bench", "methods", "backbones", "datasets", "pyproject.toml")
-"""What of a checkout is the running code: results that lie in it, or pages, change nothing."""
+"""The parts of a checkout that are running code."""
 
 
 @cache
 def code_facts() -> CodeFacts:
-    """Version, commit and uncommitted changes of the code, hash of its files, versions of what it stands on.
+    """Version, commit and uncommitted changes of the code, hash of its files, versions of its libraries.
 
-    Looked up once a process: call it when a run begins, for later the files may be other ones than those that were imported.
+    The facts are read once a process. Call it when a run begins: later, the files may differ from those that were imported.
     """
     root = Path(bench.__file__).resolve().parent.parent
     commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
@@ -259,7 +259,7 @@ def code_facts() -> CodeFacts:
 
 
 def foreign_entries(cells: Iterable[Cell]) -> dict[str, str | None]:
-    """The methods, backbones and datasets of some cells that do not come with this program: see `CodeFacts.entries`."""
+    """The methods, backbones and datasets of cells that come from plugins, see `CodeFacts.entries`."""
     used: dict[str, type] = {}
     for cell in cells:
         training = cell.training
@@ -272,7 +272,7 @@ def foreign_entries(cells: Iterable[Cell]) -> dict[str, str | None]:
 
 
 def _source_hash() -> str:
-    """Of all files of the packages as they lie on the disk, by name: where there is no git, it tells two versions apart all the same."""
+    """Hash of all files of the packages, by name. It tells two versions apart where there is no git."""
     digest = hashlib.sha256()
     for package in ("bench", "bench.methods", "bench.backbones", "bench.datasets"):
         for folder in sorted(importlib.import_module(package).__path__):
@@ -284,7 +284,7 @@ def _source_hash() -> str:
 
 
 def _changes(root: Path) -> bytes | None:
-    """What of the code differs from the commit, untracked files with their content; None where git does not say."""
+    """What of the code differs from the commit, with the content of untracked files. None where git gives no answer."""
     diff = _git(root, "diff", "HEAD", "--no-ext-diff", "--", *CODE)
     untracked = _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *CODE)
     if diff is None or untracked is None:
@@ -298,7 +298,7 @@ def _changes(root: Path) -> bytes | None:
 
 
 def hardware_facts(device: torch.device, *, world_size: int) -> dict[str, Any]:
-    """What it ran on, in words."""
+    """The hardware of a run."""
     return {
         "device": device.type,
         "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
@@ -306,12 +306,12 @@ def hardware_facts(device: torch.device, *, world_size: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "system": platform.system(),
         "python": platform.python_version(),
-        **({"environment": told} if (told := arithmetic()) else {}),
+        **({"environment": switches} if (switches := arithmetic()) else {}),
     }
 
 
 def device_name(hardware: Mapping[str, Any]) -> str:
-    """What a record's ``hardware`` computed on: on a CPU the number of threads belongs to it."""
+    """Name of the device in a record's ``hardware``. On a CPU the number of threads belongs to the name."""
     name, threads = str(hardware.get("name", "?")), hardware.get("threads")
     if hardware.get("device") != "cpu" or threads is None:
         return name
@@ -320,7 +320,7 @@ def device_name(hardware: Mapping[str, Any]) -> str:
 
 @cache
 def processor_name() -> str:
-    """The model of this machine's processor, or its architecture where the system does not tell."""
+    """Model of this machine's processor, or its architecture where the model is not known."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

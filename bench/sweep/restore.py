@@ -1,4 +1,4 @@
-"""A finished training's folder -> the network again, without the plan that made it."""
+"""From the folder of a finished training to its network, without the plan that made it."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
-    """A trained network and what it is."""
+    """A trained network and its training."""
 
     training: Training
     classes: tuple[str, ...]
     classifier: Classifier
-    """With its selected weights, in eval mode, on the CPU."""
+    """The network with its selected weights, in eval mode, on the CPU."""
     preparation: Preparation | None = None
-    """Of the pictures that it was trained on; None where an older version wrote the folder, which did not say."""
+    """Preparation of the training's pictures. None in folders of older versions."""
 
 
 def restore(folder: Path) -> Restored:
-    """Load what ``trainings/<hash>`` of a results folder holds.
+    """Load a folder ``trainings/<hash>`` of a results folder.
 
     Raises:
-        FileNotFoundError: no finished training is there.
-        ValueError: it was written before folders said what is in them, is damaged, or is of a method or backbone that is not installed.
+        FileNotFoundError: the folder holds no finished training.
+        ValueError: an older version wrote the folder, it is damaged, or its method or backbone is not installed.
     """
     try:
         trained = read_trained(folder)
@@ -42,7 +42,7 @@ def restore(folder: Path) -> Restored:
             f"{folder} holds no finished training: give a folder <results>/trainings/<hash>; bench plan shows the hashes"
         ) from None
     if "identity" not in trained:
-        raise ValueError(f"{folder}/trained.json does not say what was trained: it was written by an older version; train it again")
+        raise ValueError(f"{folder}/trained.json does not say what was trained: an older version wrote it. Train it again with bench run")
     identity, classes = trained["identity"], tuple(trained["classes"])
     METHODS.get(identity["trains_as"])
     BACKBONES.get(identity["backbone"])
@@ -56,11 +56,10 @@ def restore(folder: Path) -> Restored:
     )
     for name, sha256 in training.code.items():
         kind, _, entry = name.partition(" ")
-        now = foreign_code((METHODS if kind == "method" else BACKBONES).get(entry).target)
-        if now != sha256:
+        if foreign_code((METHODS if kind == "method" else BACKBONES).get(entry).target) != sha256:
             _log.warning("%s: the code of %s has changed since it was trained", folder, name)
     if training.key != trained["training"]:
-        raise ValueError(f"{folder}/trained.json was changed: it says {trained['training'][:10]}, its settings give {training.key[:10]}")
+        raise ValueError(f"{folder}/trained.json was changed: its key is {trained['training'][:10]}, its settings give {training.key[:10]}")
     return Restored(
         training=training,
         classes=classes,

@@ -1,4 +1,4 @@
-"""What became of every cell so far, from what lies in the results folder. Looks only: nothing is made or touched."""
+"""The state of every cell, from the files of the results folder. Reads only: nothing is made or touched."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STATES: tuple[State, ...] = get_args(State)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CellStatus:
-    """One cell. What does not apply is None."""
+    """The state of a cell. Fields that do not apply are None."""
 
     dataset: str
     backbone: str
@@ -31,12 +31,12 @@ class CellStatus:
     seed: int
     key: str
     training: str
-    """Key of its training: cells of one training are worked on together."""
+    """Key of its training. Cells of one training are worked on together."""
     state: State
     where: str | None = None
-    """``host:pid`` of who works on it."""
+    """``host:pid`` of the run that works on it."""
     since: str | None = None
-    """UTC, ISO 8601: begin of the work, or time of the failure."""
+    """Begin of the work, or time of the failure: UTC, ISO 8601."""
     phase: str | None = None
     """``training`` or ``evaluating``."""
     step: int | None = None
@@ -94,15 +94,14 @@ def _statuses(store: Store, training: Training, cells: Sequence[Cell], config: S
             facts = {"step": int(checkpoint.name) if checkpoint is not None else 0, "steps": total_steps(training)}
         else:
             state = "waiting"
-        t = training
         yield CellStatus(
-            dataset=t.dataset.shown,
-            backbone=t.backbone,
+            dataset=training.dataset.shown,
+            backbone=training.backbone,
             method=cell.method,
-            guidance=t.guidance,
-            seed=t.seed,
+            guidance=training.guidance,
+            seed=training.seed,
             key=cell.key,
-            training=t.key,
+            training=training.key,
             state=state,
             **facts,
         )
@@ -137,5 +136,5 @@ def _time(path: Path) -> float | None:
 
 
 def elapsed(since: str) -> str:
-    """Time since an ISO 8601 moment, in the largest unit that fits: ``45 s``, ``12 min``, ``3.5 h``."""
+    """Time since an ISO 8601 moment, see `bench.io.duration`."""
     return duration((dt.datetime.now(dt.UTC) - dt.datetime.fromisoformat(since)).total_seconds())

@@ -1,4 +1,4 @@
-"""The results folder. A cell's folder is written whole and marked last; what has no marker is not a result.
+"""The results folder. The folder of a cell is written whole, and its marker last; a folder without a marker is not a result.
 
 ::
 
@@ -6,9 +6,9 @@
                                                                 and VERIFIED.json, see `bench.audit.stamp`
     <results>/trainings/<hash>/{checkpoints/, best/, trained.json}
     <results>/failures/<same path as the cell>.json
-    <results>/damaged/...                                       what could not be read and was done again, under its old path
-    <results>/leases/<hash>.1.json                              who works on what right now, see `bench.sweep.lease`
-    <results>/events.jsonl                                      what was begun, ended, failed, interrupted: when, by whom
+    <results>/damaged/...                                       folders that could not be read and were done again, under their old paths
+    <results>/leases/<hash>.1.json                              which run works on a training now, see `bench.sweep.lease`
+    <results>/events.jsonl                                      what began, ended, failed, was interrupted, see `bench.sweep.events`
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ class Hashes(NamedTuple):
 
 
 class Marker(NamedTuple):
-    """What ``DONE`` says, a line each."""
+    """The content of ``DONE``, a line a field."""
 
     record_sha256: str
     key: str | None
-    """Of the cell; None in markers of older versions, which end after the first line."""
+    """Key of the cell. None in markers of older versions, which end after the first line."""
     record_bytes: int | None
-    """Size of ``record.json``; None likewise."""
+    """Size of ``record.json``. None in markers of older versions."""
 
 
 def read_marker(folder: Path) -> Marker | None:
-    """The marker of a cell's folder; None if there is none, or what is there is not one."""
+    """The marker of a cell's folder. None without a marker, or where the file is no marker."""
     try:
         sha256, *more = (folder / DONE).read_text(encoding="utf-8").split()
         return Marker(sha256, more[0], int(more[1])) if more else Marker(sha256, None, None)
@@ -69,25 +69,25 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._warned: set[str] = set()
-        """Of which damage there has been a warning already."""
+        """Damage that has been warned of already."""
 
     def cell_folder(self, cell: Cell) -> Path:
-        """Where a cell's record lives."""
+        """The folder of a cell's record."""
         return self.root / "cells" / cell.path
 
     def training_folder(self, training: Training) -> Path:
-        """Where a training's weights live."""
+        """The folder of a training's weights."""
         return self.root / "trainings" / training.key[:16]
 
     def failure_file(self, cell: Cell) -> Path:
-        """Where a cell's last error is told."""
+        """The file with a cell's last error."""
         return self.root / "failures" / f"{cell.path}.json"
 
     def is_done(self, cell: Cell) -> bool:
         """Whether the cell has a finished record of exactly this identity.
 
-        A look at the marker and at the size of the record; only where the marker is of an older version the record is read. A cell whose
-        record is damaged is not done, and a warning names the file.
+        This reads the marker and the size of the record; the record itself only where the marker is of an older version. A cell with a
+        damaged record is not done, and a warning names the file.
         """
         folder = self.cell_folder(cell)
         if not (folder / DONE).is_file():
@@ -106,7 +106,7 @@ class Store:
         return bool(key == cell.key)
 
     def is_trained(self, training: Training) -> bool:
-        """Whether the training has come to its end. Not so where ``trained.json`` is damaged; a warning names it."""
+        """Whether the training is finished. A damaged ``trained.json`` counts as unfinished, and a warning names it."""
         folder = self.training_folder(training)
         try:
             return bool(read_trained(folder)["training"] == training.key)
@@ -116,7 +116,7 @@ class Store:
             return self._named(str(error))
 
     def _has_weights(self, training: Training) -> bool:
-        """Whether the selected weights of a finished training are whole: a look at all their bytes. If not so, a warning names the file."""
+        """Whether the selected weights of a finished training are whole. This reads all their bytes; a warning names a damaged file."""
         try:
             check_checkpoint(selected_weights(self.training_folder(training)))
         except DamagedCheckpointError as error:
@@ -124,14 +124,14 @@ class Store:
         return True
 
     def _named(self, damage: str) -> Literal[False]:
-        """Warn of a damaged file once, and count it as not there."""
+        """Warn of a damaged file once. The result says that it counts as missing."""
         if damage not in self._warned:
             self._warned.add(damage)
             _log.warning("%s", damage)
         return False
 
     def _set_aside(self, path: Path) -> None:
-        """Move what cannot be used out of the way. Nothing is thrown away: somebody may be able to read it."""
+        """Move a folder that cannot be used to ``damaged``. Nothing is deleted: somebody may be able to read it."""
         place = self.root / "damaged" / path.relative_to(self.root)
         while place.exists():
             place = place.with_name(f"{place.name}-again")
@@ -140,15 +140,15 @@ class Store:
         _log.warning("%s cannot be used and is kept as %s", path, place)
 
     def write(self, cell: Cell, rows: Rows, maps: AverageMaps, make_record: Callable[[Hashes], Record]) -> Path:
-        """Write a finished cell: rows, maps and record beside its final place, rename, marker last; forget an earlier failure.
+        """Write a finished cell: rows, maps and record in a folder beside the final one, then rename, then the marker.
 
-        After an error, a full disk for one, nothing of it is left.
+        An earlier failure of the cell is removed. After an error (a full disk), nothing of the cell is left.
 
         Args:
-            cell: whose result it is; not finished yet.
+            cell: the cell; not finished yet.
             rows: its per-sample rows.
             maps: its average maps.
-            make_record: gives the record, from the hashes of the files beside it.
+            make_record: makes the record from the hashes of the files beside it.
         """
         final = self.cell_folder(cell)
         assert not self.is_done(cell), f"{final} is finished: it is never written again"
@@ -182,7 +182,7 @@ class Store:
         write_json_atomic(path, {"cell": cell.label, "key": cell.key, **failure})
 
     def read_failure(self, cell: Cell) -> dict[str, Any] | None:
-        """What `fail` wrote last about exactly this cell; None if it did not fail, or has been finished since."""
+        """The last failure of exactly this cell. None if it did not fail, or has been finished since."""
         try:
             content: dict[str, Any] = json.loads(self.failure_file(cell).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -190,16 +190,16 @@ class Store:
         return content if content.get("key") == cell.key else None
 
     def newest_checkpoint(self, training: Training) -> Path | None:
-        """The folder of the last checkpoint of an unfinished training; its name is the number of steps done."""
+        """The folder of the last checkpoint of an unfinished training. Its name is the number of finished steps."""
         return newest_checkpoint(self.training_folder(training) / "checkpoints")
 
     def tidy(self, planned: Planned) -> None:
-        """Remove what interrupted writes left behind, and set a training aside that says it is finished and is damaged.
+        """Remove what interrupted writes left behind, and set a finished training aside that is damaged.
 
-        Only for who holds the lease of the training: another may be writing.
+        Call it only with the lease of the training: without it, another process may be writing.
 
         Raises:
-            PermissionError: the weights are there and cannot be read, which is no damage.
+            PermissionError: the weights cannot be read, which is no damage.
         """
         folder = self.training_folder(planned.training)
         if (folder / TRAINED).exists() and not (self.is_trained(planned.training) and self._has_weights(planned.training)):
@@ -219,10 +219,10 @@ class Store:
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """A folder and all below it, each with the names of the folders and files in it, in order; names of folders taken out are not entered.
+    """Yield a folder and all folders below it, with the names of the folders and files in each, in order.
 
-    Links to folders are followed, as a run follows them: a part of the results may lie on another disk. What several links lead to comes
-    once.
+    A folder whose name the caller removes is not entered. Links to folders are followed, as a run follows them: a part of the results may
+    lie on another disk. A folder that several links lead to comes once.
     """
     seen = set()
     for name, below, files in os.walk(root, followlinks=True):
@@ -232,12 +232,12 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
             continue
         seen.add(place)
         folder = Path(name)
-        below.sort(key=lambda child: ((folder / child).is_symlink(), child))  # a folder counts by its own name, if it has one here
+        below.sort(key=lambda child: ((folder / child).is_symlink(), child))  # prefer a folder's own name to a link
         yield folder, below, files
 
 
 def list_cells(root: Path) -> list[Path]:
-    """The folders of all finished cells below a folder, in a stable order, but for those that were set aside as damaged."""
+    """The folders of all finished cells below a folder, in a stable order, without those that were set aside as damaged."""
     cells = []
     for folder, below, files in walk(root):
         if "damaged" in below:
@@ -251,11 +251,11 @@ def read_records(root: Path, *, strict: bool = False) -> Iterator[tuple[Path, Re
     """All finished records below a folder, in a stable order, with their folders.
 
     Args:
-        root: a results folder, or any other above some cells.
-        strict: raise at a damaged record; else it is left out and a warning names it.
+        root: a results folder, or any folder above cells.
+        strict: whether a damaged record is an error. Otherwise it is left out, and a warning names it.
 
     Raises:
-        ValueError: a damaged record, naming the file, where ``strict``.
+        ValueError: ``strict``, and a damaged record; the message names the file.
     """
     for folder in list_cells(root):
         marker, path = folder / DONE, folder / RECORD
@@ -264,8 +264,8 @@ def read_records(root: Path, *, strict: bool = False) -> Iterator[tuple[Path, Re
         except (OSError, ValueError) as error:
             reason = f"{path} is not a readable record: {str(error).splitlines()[0]}"
             if strict:
-                raise ValueError(f"{reason}. Remove {marker}, and bench run makes the record again") from error
-            _log.warning("%s. It is left out. Remove %s, and bench run makes the record again", reason, marker)
+                raise ValueError(f"{reason}. Remove {marker}; then bench run makes the record again") from error
+            _log.warning("%s. It is left out. Remove %s; then bench run makes the record again", reason, marker)
             continue
         yield folder, record
 

@@ -1,4 +1,4 @@
-"""One step of training and one reading of two made-up pictures, for every network of a plan: what cannot be is found before hours of it."""
+"""Try every network of a plan: a step of training and a reading of two made-up pictures. Errors appear before hours of training."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from bench.training.task import GuidanceTerm, TrainingTask, guided_share
 from bench.weights import without_loading
 
 PICTURES = 2
-"""As few as batch statistics allow."""
+"""The fewest that batch statistics allow."""
 GRID = 28
 """Side of the made-up AU maps."""
 
 LARGEST = 300_000_000
-"""Parameters of a network that is tried: the plan may be made on a machine that is none for a larger one."""
+"""Most parameters of a network that is tried: the machine that makes the plan may be too small for a larger network."""
 
 _log = logging.getLogger(__name__)
 
 _passed: set[tuple[object, ...]] = set()
-"""What has been tried in this process: a run makes its plan again when its data are prepared."""
+"""What has been tried in this process. A run makes its plan again when its data are prepared."""
 
 
 def try_out(plan: Iterable[tuple[Planned, int]]) -> None:
-    """Train every different network of a plan for one step, and read the maps of all its cells; on the CPU, with two pictures of noise.
+    """Train each different network of a plan for one step, and read the maps of all its cells: on the CPU, with two pictures of noise.
 
     Args:
         plan: trainings with the cells they serve, and the number of classes of their data.
 
     Raises:
-        ConfigError: all that fails, and what of the plan works.
-        FileNotFoundError: pretrained weights that are not there.
+        ConfigError: everything that fails, and what of the plan works.
+        FileNotFoundError: missing pretrained weights.
     """
     problems: dict[str, str] = {}
     works: list[str] = []
-    # What is guided comes first: it does all that is done without guidance, which then need not be tried.
+    # Guided trainings come first: they do all that unguided trainings do, which then need no trial.
     for (training, cells), num_classes in sorted(plan, key=lambda entry: entry[0].training.guidance == "none"):
         identities = {_identity(training, cell, num_classes): cell for cell in cells}
         new = tuple(cell for identity, cell in identities.items() if not {identity, (*identity[:-1], True)} & _passed)
@@ -59,15 +59,15 @@ def try_out(plan: Iterable[tuple[Planned, int]]) -> None:
                 _passed.add(identity)
     if problems:
         lines = [f"{name}: {text}" for name, text in problems.items()]
-        possible = f"\nof this plan, these work: {', '.join(dict.fromkeys(works))}" if works else ""
+        possible = f"\nThese pairs of the plan work: {', '.join(dict.fromkeys(works))}" if works else ""
         raise ConfigError("\n".join(lines) + possible)
 
 
 def outline(training: Training) -> Classifier:
-    """The network of a training without memory, and without the weights it starts from.
+    """The network of a training, without memory for its weights and without loading them.
 
     Raises:
-        ConfigError: an option or image size that cannot be.
+        ConfigError: an option or image size that the network refuses.
     """
     try:
         with torch.device("meta"), without_loading():
@@ -77,14 +77,14 @@ def outline(training: Training) -> Classifier:
 
 
 def _identity(training: Training, cell: Cell, num_classes: int) -> tuple[object, ...]:
-    """What decides how a trial goes, at the end whether it is guided. The types too: a plugin may be registered anew under its name."""
+    """What decides the outcome of a trial; the last value says whether it is guided. Types too: a plugin may register a name again."""
     settings = [training.method_options, training.backbone_options, training.settings["images"], cell.method_options]
     targets = (METHODS.get(cell.method).target, METHODS.get(training.trains_as).target, BACKBONES.get(training.backbone).target)
     return (*targets, training.backbone, training.variant, num_classes, repr(settings), training.guidance != "none")
 
 
 def _try(training: Training, cells: Iterable[Cell], *, num_classes: int) -> Mapping[str, str]:
-    """Method -> what is wrong, empty if nothing is."""
+    """Method -> what is wrong, empty if it works."""
     parameters = sum(parameter.numel() for parameter in outline(training).parameters())
     pretrained = training.backbone_options.get("weights", "random") != "random"
     try:
@@ -107,13 +107,13 @@ def _try(training: Training, cells: Iterable[Cell], *, num_classes: int) -> Mapp
         )
         try:
             _step(training, classifier, batch, num_classes=num_classes)
-        except Exception as error:  # noqa: BLE001 - whatever an entry's own code raises
+        except Exception as error:  # noqa: BLE001 - an entry's own code can raise anything
             return {cell.method: f"one step of training fails: {_words(error)}" for cell in cells}
         return {cell.method: _read(cell, classifier, batch, num_classes=num_classes) for cell in cells}
 
 
 def _step(training: Training, classifier: Classifier, batch: Batch, *, num_classes: int) -> None:
-    """As `bench.training.trainer` does it, without the optimiser."""
+    """A training step as `bench.training.trainer` makes it, without the optimiser."""
     method, guidance = build_method(training), training.settings.get("guidance")
     term = GuidanceTerm(weight=guidance["weight"], layers=tuple(guidance["layers"])) if guidance else None
     task = TrainingTask(classifier.train(), method, term)
@@ -125,7 +125,7 @@ def _step(training: Training, classifier: Classifier, batch: Batch, *, num_class
             result = task(batch, guided_share(PICTURES, parts=1))
         finally:
             hook.remove()
-            if outputs:  # said in the words of the contract, where the loss stumbles over it
+            if outputs:  # the contract's message is clearer than the error of the loss
                 check_output(outputs[0], classifier, samples=PICTURES, num_classes=num_classes)
         loss = result["loss"]
         if not bool(loss.isfinite()):
@@ -134,7 +134,7 @@ def _step(training: Training, classifier: Classifier, batch: Batch, *, num_class
 
 
 def _read(cell: Cell, classifier: Classifier, batch: Batch, *, num_classes: int) -> str:
-    """As the evaluation does it; what is wrong, empty if nothing is."""
+    """Read maps as the evaluation does; returns what is wrong, empty if it works."""
     method = build_reader(cell).for_trial()
     classifier.eval()
     try:
@@ -145,12 +145,12 @@ def _read(cell: Cell, classifier: Classifier, batch: Batch, *, num_classes: int)
             maps = read_maps(method, classifier, output, batch.labels)
         if method.variant != "official" and bool(map_ranges(maps).isnan().any()):
             return "its maps hold NaN or infinite values"
-    except Exception as error:  # noqa: BLE001 - whatever an entry's own code raises
+    except Exception as error:  # noqa: BLE001 - an entry's own code can raise anything
         return f"its maps cannot be read: {_words(error)}"
     return ""
 
 
 def _words(error: Exception) -> str:
-    """Our own messages as they are; of other errors the kind, too."""
+    """The first line of an error, with its type unless the message is made for users."""
     text = (str(error) or type(error).__name__).splitlines()[0]
     return text if isinstance(error, ValueError | NotImplementedError) else f"{type(error).__name__}: {text}"

@@ -61,7 +61,7 @@ def test_a_dry_run_makes_nothing(bench_here, tmp_path):
         (["--profile", "quik"], "Did you mean 'quick'"),
         (["--set", "train.epoch=3"], "Did you mean 'epochs'"),
         (["--set", "guidance.layers=[7]"], "has no layer 7"),
-        (["--set", "train.batch_size=100000"], "is above the 1540 training samples"),
+        (["--set", "train.batch_size=100000"], "is more than the 1540 training samples"),
         (["--set", "backbones.mini.weights=nowhere.safetensors"], "no such file"),
         (["--plugin", "nowhere.py"], "no such file"),
         (["--device", "tpu"], "use auto or cpu"),

@@ -60,7 +60,7 @@ def test_the_job_starts_without_the_working_directory_on_the_import_path():
         ("slurm.partiton=gpu", "Did you mean 'partition'"),
         ("slurm.extra.nodes=3", "is set by --nnodes"),
         ("slurm.extra.gpus_per_node=3", "is set by slurm.gpus_per_node"),
-        ("slurm.minutes=2", "signal_seconds = 120 leaves nothing"),
+        ("slurm.minutes=2", "signal_seconds = 120 leaves no time"),
         ("slurm.cluster=pbs", "slurm.cluster = 'pbs'"),
     ],
 )
@@ -152,7 +152,7 @@ def test_the_dry_run_shows_the_submission_and_makes_nothing(project, bench_here)
         ([], "no sbatch, srun, scontrol here"),
         (["--procs-per-training", "1"], "--procs-per-training has no meaning"),
         (["--only", "abc"], "--only abc: the plan has no such training"),
-        (["--nproc", "5"], "nearest that do: 10 or 15"),
+        (["--nproc", "5"], "nearest that do are 10 or 15"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_made(words, told, project, bench_here, monkeypatch):

@@ -75,7 +75,7 @@ def test_commands_that_look_at_results_go_on_and_name_the_file(bench_here, finis
 def test_reading_strictly_names_the_file_and_what_to_do(finished):
     path = files(finished, "record.json")[0]
     path.write_bytes(b"{}")
-    with pytest.raises(ValueError, match=r"record\.json is not a readable record: .*Remove .*DONE, and bench run"):
+    with pytest.raises(ValueError, match=r"record\.json is not a readable record: .*Remove .*DONE; then bench run"):
         list(read_records(finished, strict=True))
 
 

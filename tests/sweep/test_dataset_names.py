@@ -28,13 +28,13 @@ def twins(project):
 
 
 def test_a_name_that_is_enough_is_left_alone():
-    told = tell_apart({"x": reference("x", "1" * 64), "y": reference("y", "2" * 64)})
-    assert [dataset.shown for dataset in told.values()] == ["x", "y"]
+    labelled = tell_apart({"x": reference("x", "1" * 64), "y": reference("y", "2" * 64)})
+    assert [dataset.shown for dataset in labelled.values()] == ["x", "y"]
 
 
 def test_two_of_one_name_are_shown_with_their_fingerprints():
-    told = tell_apart({"a/x": reference("x", "1" * 64), "b/x": reference("x", "2" * 64), "y": reference("y", "3" * 64)})
-    assert [dataset.shown for dataset in told.values()] == ["x@11111111", "x@22222222", "y"]
+    labelled = tell_apart({"a/x": reference("x", "1" * 64), "b/x": reference("x", "2" * 64), "y": reference("y", "3" * 64)})
+    assert [dataset.shown for dataset in labelled.values()] == ["x@11111111", "x@22222222", "y"]
 
 
 def test_the_same_data_twice_is_refused_with_both_names():

@@ -51,37 +51,37 @@ def estimated(history, plan, *, device="gpu", processes=1):
 
 def test_it_is_seconds_a_picture_times_pictures(plan_of):
     (planned,) = plan_of().to_do
-    (found,) = estimated(History([record(planned, seconds_per_picture=0.25, evaluation=0.5)]), plan_of("train.epochs=10", seeds=(7,)))
-    assert found.training_seconds == pytest.approx(10 * 48 * 0.25)
-    assert found.evaluation_seconds == pytest.approx(27 * 0.5)
-    assert found.seconds == pytest.approx(133.5)
+    (estimate,) = estimated(History([record(planned, seconds_per_picture=0.25, evaluation=0.5)]), plan_of("train.epochs=10", seeds=(7,)))
+    assert estimate.training_seconds == pytest.approx(10 * 48 * 0.25)
+    assert estimate.evaluation_seconds == pytest.approx(27 * 0.5)
+    assert estimate.seconds == pytest.approx(133.5)
 
 
 def test_pictures_that_no_batch_takes_in_cost_nothing(plan_of):
     (planned,) = plan_of().to_do
-    (found,) = estimated(History([record(planned, seconds_per_picture=0.25)]), plan_of("train.batch_size=36"))
-    assert found.training_seconds == pytest.approx(2 * 36 * 0.25)
+    (estimate,) = estimated(History([record(planned, seconds_per_picture=0.25)]), plan_of("train.batch_size=36"))
+    assert estimate.training_seconds == pytest.approx(2 * 36 * 0.25)
 
 
 def test_processes_share_the_work_then_and_now(plan_of):
     (planned,) = plan_of().to_do
     history = History([record(planned, seconds_per_picture=0.25, evaluation=0.5, processes=2)])
-    (found,) = estimated(history, plan_of(), processes=4)
-    assert found.training_seconds == pytest.approx(2 * 48 * (0.25 * 2) / 4)
-    assert found.evaluation_seconds == pytest.approx(27 * (0.5 * 2) / 4)
+    (estimate,) = estimated(history, plan_of(), processes=4)
+    assert estimate.training_seconds == pytest.approx(2 * 48 * (0.25 * 2) / 4)
+    assert estimate.evaluation_seconds == pytest.approx(27 * (0.5 * 2) / 4)
 
 
 def test_of_several_trainings_the_median_counts_and_each_training_once(plan_of):
     (planned,) = plan_of().to_do
     slow_twice = [record(planned, seconds_per_picture=9.0, key="slow") for _ in range(3)]
     rest = [record(planned, seconds_per_picture=s, key=str(s)) for s in (0.1, 0.2)]
-    (found,) = estimated(History([*slow_twice, *rest]), plan_of())
-    assert found.trainings == 3
-    assert found.training_seconds == pytest.approx(2 * 48 * 0.2)
+    (estimate,) = estimated(History([*slow_twice, *rest]), plan_of())
+    assert estimate.trainings == 3
+    assert estimate.training_seconds == pytest.approx(2 * 48 * 0.2)
 
 
 @pytest.mark.parametrize(
-    "other",
+    "changed",
     [
         {"sets": ("images.size=48",)},
         {"sets": ("train.precision=bf16",)},
@@ -91,10 +91,10 @@ def test_of_several_trainings_the_median_counts_and_each_training_once(plan_of):
     ],
     ids=str,
 )
-def test_what_has_no_record_of_its_kind_has_no_estimate(plan_of, other):
+def test_what_has_no_record_of_its_kind_has_no_estimate(plan_of, changed):
     (planned,) = plan_of().to_do
     history = History([record(planned, seconds_per_picture=0.25)])
-    assert estimated(history, plan_of(*other.pop("sets", ()), **other)) == [None]
+    assert estimated(history, plan_of(*changed.pop("sets", ()), **changed)) == [None]
 
 
 def test_another_device_is_another_kind(plan_of):
@@ -111,22 +111,22 @@ def test_a_method_nobody_has_evaluated_yet_leaves_no_estimate(plan_of):
 def test_one_pass_serves_all_read_outs_and_takes_as_long_as_the_slowest(plan_of):
     (planned,) = plan_of().to_do
     history = History([record(planned, seconds_per_picture=1, evaluation=e, method=m) for m, e in (("cam", 0.5), ("gradcam", 2.0))])
-    (found,) = estimated(history, plan_of(methods=("cam", "gradcam")))
-    assert found.evaluation_seconds == pytest.approx(27 * 2.0)
+    (estimate,) = estimated(history, plan_of(methods=("cam", "gradcam")))
+    assert estimate.evaluation_seconds == pytest.approx(27 * 2.0)
 
 
 def test_a_forecast_counts_device_hours_and_names_what_it_does_not_know(plan_of):
     (planned,) = plan_of().to_do
     history = History([record(planned, seconds_per_picture=10, evaluation=10)])
     plan = plan_of(methods=("cam", "adl"), seeds=(0, 1))
-    told = forecast(plan, history, device="gpu", processes=4, groups=2)
+    predicted = forecast(plan, history, device="gpu", processes=4, groups=2)
     each = (2 * 48 * 10 + 27 * 10) / 4
-    assert told.gpu
-    assert len(told.estimates) == 4
-    assert told.seconds == pytest.approx(2 * each)
-    assert told.device_hours == pytest.approx(2 * each * 4 / 3600)
-    assert told.wall_seconds == pytest.approx(each)
-    assert sorted(told.group.values()) == [0, 1]
+    assert predicted.gpu
+    assert len(predicted.estimates) == 4
+    assert predicted.seconds == pytest.approx(2 * each)
+    assert predicted.device_hours == pytest.approx(2 * each * 4 / 3600)
+    assert predicted.wall_seconds == pytest.approx(each)
+    assert sorted(predicted.group.values()) == [0, 1]
 
 
 def test_an_evaluation_with_measures_is_estimated_from_such_evaluations_alone(plan_of):
@@ -135,19 +135,20 @@ def test_an_evaluation_with_measures_is_estimated_from_such_evaluations_alone(pl
     history = [record(planned, seconds_per_picture=1, evaluation=0.5)]
     assert estimated(History(history), measuring) == [None]
     history.append(record(planned, seconds_per_picture=1, evaluation=3.0, measures=("deletion",)))
-    (found,) = estimated(History(history), measuring)
-    assert found.evaluation_seconds == pytest.approx(27 * 3.0)
-    (found,) = estimated(History(history), plan_of())
-    assert found.evaluation_seconds == pytest.approx(27 * 0.5)
+    (estimate,) = estimated(History(history), measuring)
+    assert estimate.evaluation_seconds == pytest.approx(27 * 3.0)
+    (estimate,) = estimated(History(history), plan_of())
+    assert estimate.evaluation_seconds == pytest.approx(27 * 0.5)
 
 
 def test_a_real_run_is_the_estimate_of_the_next(go, project, bench_here):
     go(run__guidance=["none"], train__epochs=4)
     (path,) = project.glob("results/cells/**/record.json")
     cost = json.loads(path.read_text())["cost"]
-    (found,) = estimated(read_history(project / "results"), plan_at(project), device=next(iter(read_history(project / "results").devices)))
-    assert found.training_seconds == pytest.approx(cost["training_seconds"] / 2)
-    assert found.evaluation_seconds == pytest.approx(cost["evaluation_seconds"])
+    history = read_history(project / "results")
+    (estimate,) = estimated(history, plan_at(project), device=next(iter(history.devices)))
+    assert estimate.training_seconds == pytest.approx(cost["training_seconds"] / 2)
+    assert estimate.evaluation_seconds == pytest.approx(cost["evaluation_seconds"])
     shown = bench_here("plan", "--guidance", "none", "--seeds", "1,2", "--nproc", "2", "--procs-per-training", "1", cwd=project).stdout
     assert "2 of 2 trainings take" in shown
     assert "device-hours; each from 1 finished of its kind" in shown
@@ -164,9 +165,9 @@ def test_a_trained_one_only_has_its_evaluation_before_it(go, project):
     history = read_history(project / "results")
     marker.unlink()
     plan = make_plan(load_settings(environ={}, flags={"run.guidance": ["none"]}))
-    (found,) = estimated(history, plan, device=next(iter(history.devices)))
-    assert found.training_seconds == 0
-    assert found.evaluation_seconds > 0
+    (estimate,) = estimated(history, plan, device=next(iter(history.devices)))
+    assert estimate.training_seconds == 0
+    assert estimate.evaluation_seconds > 0
 
 
 def test_a_record_that_cannot_be_read_is_left_out_and_named(go, project, caplog):

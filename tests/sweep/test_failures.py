@@ -212,9 +212,9 @@ def test_a_lost_lease_ends_the_training_before_anything_more_is_written(go, resu
     def take_over():
         if taken:
             return
-        (mine,) = read_leases(results / "leases")
-        mine.path.unlink()
-        taken.append(thief.claim(mine.path.name.split(".")[0], label="another run", world_size=1))
+        (holder,) = read_leases(results / "leases")
+        holder.path.unlink()
+        taken.append(thief.claim(holder.path.name.split(".")[0], label="another run", world_size=1))
 
     at_step(6, take_over)
     outcome = plan_and_run(wait=False)

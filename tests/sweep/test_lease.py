@@ -52,18 +52,18 @@ def test_a_lease_says_who_holds_it_and_is_gone_when_released(leases):
 
 def test_a_held_lease_is_refused_and_its_holder_told(leases):
     held = claim(leases)
-    other = claim(leases)
-    assert isinstance(other, Holder)
-    assert other.pid == os.getpid()
+    answer = claim(leases)
+    assert isinstance(answer, Holder)
+    assert answer.pid == os.getpid()
     held.release()
 
 
 def test_leases_of_different_trainings_do_not_meet(leases):
-    one, other = claim(leases), leases.claim("f" * 16, label="another", world_size=1)
-    assert isinstance(one, Lease)
-    assert isinstance(other, Lease)
-    one.release()
-    other.release()
+    first, second = claim(leases), leases.claim("f" * 16, label="another", world_size=1)
+    assert isinstance(first, Lease)
+    assert isinstance(second, Lease)
+    first.release()
+    second.release()
 
 
 def test_the_lease_of_a_process_that_has_ended_here_is_taken_over_at_once(leases, run_python):
@@ -161,7 +161,7 @@ def test_of_many_takers_of_a_stale_lease_one_gets_it(leases, monkeypatch):
             taker.start()
         for taker in takers:
             taker.join()
-        holders = [one for one in got if isinstance(one, Lease)]
+        holders = [lease for lease in got if isinstance(lease, Lease)]
         assert len(holders) == 1
         holders[0].confirm()
         assert len(files(leases)) == 1

@@ -46,9 +46,9 @@ def single(folder):
 def test_several_processes_give_the_loss_curve_of_one_without_batch_statistics(project, run_bench, processes):
     assert run_bench("run", *FEW, "--results", "one", cwd=project).returncode == 0
     torchrun(project, processes, *FEW, "--results", "many")
-    one, many = (json.loads(next((project / name).rglob("trained.json")).read_text()) for name in ("one", "many"))
-    np.testing.assert_allclose(one["losses"], many["losses"], rtol=1e-5, atol=1e-6)
-    assert many["process_counts"] == [processes]
+    single_record, several = (json.loads(next((project / name).rglob("trained.json")).read_text()) for name in ("one", "many"))
+    np.testing.assert_allclose(single_record["losses"], several["losses"], rtol=1e-5, atol=1e-6)
+    assert several["process_counts"] == [processes]
 
 
 @pytest.mark.dist
@@ -56,16 +56,16 @@ def test_two_processes_evaluate_the_same_weights_to_the_last_sample(project, run
     assert run_bench("run", *FEW, "--results", "one", cwd=project).returncode == 0
     shutil.copytree(project / "one" / "trainings", project / "two" / "trainings")
     torchrun(project, 2, *FEW, "--results", "two")
-    (one, rows_one), (two, rows_two) = single(project / "one"), single(project / "two")
-    assert one.weights_sha256 == two.weights_sha256
-    assert one.data.keys_sha256 == two.data.keys_sha256
-    assert two.hardware["processes"] == 2
-    assert rows_one.keys == rows_two.keys  # 27 samples: 14 on one process, 13 on the other
-    np.testing.assert_array_equal(rows_one.labels, rows_two.labels)
-    np.testing.assert_allclose(rows_one.logits, rows_two.logits, atol=1e-5)
-    np.testing.assert_allclose(rows_one.map_cosines_true, rows_two.map_cosines_true, atol=1e-5)
-    assert one.metrics["cl"] == two.metrics["cl"]
-    assert two.invariance["holds"]
+    (single_record, single_rows), (double_record, double_rows) = single(project / "one"), single(project / "two")
+    assert single_record.weights_sha256 == double_record.weights_sha256
+    assert single_record.data.keys_sha256 == double_record.data.keys_sha256
+    assert double_record.hardware["processes"] == 2
+    assert single_rows.keys == double_rows.keys  # 27 samples: 14 on one process, 13 on the other
+    np.testing.assert_array_equal(single_rows.labels, double_rows.labels)
+    np.testing.assert_allclose(single_rows.logits, double_rows.logits, atol=1e-5)
+    np.testing.assert_allclose(single_rows.map_cosines_true, double_rows.map_cosines_true, atol=1e-5)
+    assert single_record.metrics["cl"] == double_record.metrics["cl"]
+    assert double_record.invariance["holds"]
     maps_one, maps_two = (read_average_maps(next((project / name).rglob(MAPS))) for name in ("one", "two"))
     np.testing.assert_array_equal(maps_one.count, maps_two.count)
     np.testing.assert_allclose(maps_one.map.astype(int), maps_two.map.astype(int), atol=1)
@@ -84,7 +84,7 @@ def test_a_batch_that_does_not_divide_over_the_processes_is_refused_before_anyth
         check=False,
     )
     assert done.returncode == 2
-    assert "nearest that do: 10 or 15" in done.stderr
+    assert "nearest that do are 10 or 15" in done.stderr
     assert not (project / "none").exists()
 
 

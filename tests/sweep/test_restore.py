@@ -62,9 +62,9 @@ def test_there_is_a_record_of_every_schema_so_far():
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [(b'{"schema_version": 99}', "update bench"), (b"[]", "no schema_version"), (b'{"schema_version": 1}', "not of schema version 1")],
 )
-def test_what_is_no_record_is_refused(content, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_is_no_record_is_refused(content, message):
+    with pytest.raises(ValueError, match=message):
         parse_record(content)

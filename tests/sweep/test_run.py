@@ -209,13 +209,13 @@ def test_a_post_hoc_method_shares_the_training_of_its_base(go, results):
 
     try:
         outcome = go(run__methods=["cam", "abs-cam-test"], run__guidance=["none"])
-        cam, other = sorted(records(results), key=lambda r: r.cell.method, reverse=True)
+        cam, absolute = sorted(records(results), key=lambda r: r.cell.method, reverse=True)
     finally:
         METHODS._entries.pop("abs-cam-test")
     assert (len(outcome.ran), outcome.trained) == (2, 1)
-    assert cam.weights_sha256 == other.weights_sha256
-    assert cam.metrics["cl"] == other.metrics["cl"]
-    assert cam.metrics["cam_cos"] != other.metrics["cam_cos"]
+    assert cam.weights_sha256 == absolute.weights_sha256
+    assert cam.metrics["cl"] == absolute.metrics["cl"]
+    assert cam.metrics["cam_cos"] != absolute.metrics["cam_cos"]
 
 
 def test_the_test_selected_protocol_selects_on_test_and_says_so(go, results):

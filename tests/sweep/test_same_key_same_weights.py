@@ -84,11 +84,11 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
 @pytest.fixture(scope="module")
 def alone(laboratory: Laboratory, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Training key -> weights, of each training carried out by itself."""
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for number, (method, dataset) in enumerate(itertools.product(METHODS, laboratory.datasets)):
         results = tmp_path_factory.mktemp(f"alone{number}")
-        found |= laboratory.run(results, run__methods=[method], run__datasets=[dataset], run__guidance=["au"])
-    return found
+        hashes |= laboratory.run(results, run__methods=[method], run__datasets=[dataset], run__guidance=["au"])
+    return hashes
 
 
 def test_other_pictures_or_another_method_is_another_key_and_other_weights(alone):
@@ -100,7 +100,7 @@ def test_other_pictures_or_another_method_is_another_key_and_other_weights(alone
 def test_company_order_loader_and_interruption_do_not_change_weights(laboratory, alone, tmp_path_factory, data):
     methods = data.draw(st.lists(st.sampled_from(METHODS), min_size=1, max_size=2, unique=True), label="methods")
     datasets = data.draw(st.permutations(laboratory.datasets), label="datasets")
-    found = laboratory.run(
+    hashes = laboratory.run(
         tmp_path_factory.mktemp("together"),
         stop=data.draw(st.none() | st.integers(1, 9), label="stop after steps"),
         run__methods=methods,
@@ -110,8 +110,8 @@ def test_company_order_loader_and_interruption_do_not_change_weights(laboratory,
         loader__cache_gib=data.draw(st.sampled_from([0.0, 1.0]), label="cache"),
         loader__verify=data.draw(st.booleans(), label="verify"),
     )
-    assert len(found) == len(methods) * len(datasets)
-    assert found == {key: alone[key] for key in found}
+    assert len(hashes) == len(methods) * len(datasets)
+    assert hashes == {key: alone[key] for key in hashes}
 
 
 @pytest.mark.dist

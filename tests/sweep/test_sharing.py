@@ -119,8 +119,8 @@ def test_runs_started_at_once_share_the_work_and_end_with_the_whole_table(projec
         )
         for _ in range(runs)
     ]
-    told = [process.communicate(timeout=500)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * runs, told
+    outputs = [process.communicate(timeout=500)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * runs, outputs
     assert len(list(read_records(results))) == 4
     events = list(read_events(results))
     count = collections.Counter((event["training"], event["event"]) for event in events)
@@ -128,7 +128,7 @@ def test_runs_started_at_once_share_the_work_and_end_with_the_whole_table(projec
     assert len(trainings) == 4
     assert count == {(training, event): 1 for training in trainings for event in ("begin", "end")}
     assert len({event["pid"] for event in events}) > 1, "they did not share"
-    for text in told:
+    for text in outputs:
         assert "done by other runs meanwhile" in text
         assert "0 failed" in text
     assert not list(read_leases(results / "leases"))

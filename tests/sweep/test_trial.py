@@ -58,7 +58,7 @@ class WithBackground(CAM):
 
 def test_a_head_with_one_output_too_many_is_refused_and_what_works_is_named(plan, register):
     name = register("background", WithBackground)
-    with pytest.raises(ConfigError, match=r"background on mini: .*logits: shape \(2, 8\), wanted \(2, 7\)[^$]*these work: cam on mini"):
+    with pytest.raises(ConfigError, match=r"background on mini: .*logits: shape \(2, 8\), wanted \(2, 7\)[^$]*These pairs of the plan work: cam on mini"):
         plan(["cam", name])
 
 
@@ -152,8 +152,8 @@ def guided_by(project, monkeypatch):
         facts = index.provenance | {"samples_without_landmarks": {"train": without}}
         changed = index.model_copy(update={"classes": tuple(names), "splits": splits, "provenance": facts})
         changed.__dict__.pop("fingerprint", None)  # a cached property, of the names before
-        there = dataclasses.replace(source, index=changed)
-        check_guidance([there], build_matrix(settings, {"synthetic": there.reference()}))
+        changed_source = dataclasses.replace(source, index=changed)
+        check_guidance([changed_source], build_matrix(settings, {"synthetic": changed_source.reference()}))
 
     return run
 
@@ -166,7 +166,7 @@ def prepared(settings):
 
 def test_guidance_by_classes_that_are_no_expressions_is_refused(guided_by):
     with pytest.raises(
-        ConfigError, match=r"dataset synthetic: .*none of its classes \(1, 2, .*is an expression.*happiness.*--guidance none"
+        ConfigError, match=r"dataset synthetic has no AU map.*none of its classes \(1, 2, .*is an expression.*happiness.*--guidance none"
     ):
         guided_by(names=("1", "2", "3", "4", "5", "6", "7"))
 
