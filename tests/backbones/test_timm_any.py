@@ -300,7 +300,7 @@ def test_keys_are_joined_and_split_without_loss(parts):
 
 @pytest.mark.parametrize("key", ["", "a..b", ".a", "a.", '"a', 'a"b"', '""'])
 def test_a_key_that_cannot_be_split_is_an_error(key):
-    with pytest.raises(ConfigError, match="write parts with dots between them"):
+    with pytest.raises(ConfigError, match="separate its parts by dots"):
         split_key(key)
 
 
