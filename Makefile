@@ -1,15 +1,16 @@
 # Everything runs from a virtual environment in the checkout; `make demo` and `make test` set it up themselves.
 PYTHON ?= python3
-BIN := .venv/bin
-READY := .venv/.ready
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
 # Tests at a time, each in a process with one thread: as many as there are cores to spare.
 WORKERS ?= 2
 
-.PHONY: demo leaderboard test test-marked lint types check clean
+.PHONY: demo leaderboard test test-marked test-lowest lint types check clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "bench needs Python 3.11 or newer; say make PYTHON=python3.12"'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $(READY)
 
@@ -26,7 +27,7 @@ leaderboard: $(READY)
 	$(BIN)/bench leaderboard --results results --format md --columns all --out results/LEADERBOARD.md
 	$(BIN)/bench verify results --data data
 
-test test-marked: export OMP_NUM_THREADS = 1
+test test-marked test-lowest: export OMP_NUM_THREADS = 1
 
 test: $(READY)
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
@@ -34,6 +35,13 @@ test: $(READY)
 # The tests that start several processes, and the long ones.
 test-marked: $(READY)
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m 'slow or dist'
+
+# The tests with the lowest versions that pyproject.toml allows. Of another Python: make test VENV=.venv-3.13 PYTHON=python3.13
+test-lowest:
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[test]'
+	.venv-lowest/bin/pytest -n $(WORKERS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -49,4 +57,4 @@ types: $(READY)
 check: lint types test test-marked
 
 clean:
-	rm -rf .venv build runs
+	rm -rf .venv .venv-* build runs

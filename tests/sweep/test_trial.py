@@ -58,7 +58,9 @@ class WithBackground(CAM):
 
 def test_a_head_with_one_output_too_many_is_refused_and_what_works_is_named(plan, register):
     name = register("background", WithBackground)
-    with pytest.raises(ConfigError, match=r"background on mini: .*logits: shape \(2, 8\), wanted \(2, 7\)[^$]*These pairs of the plan work: cam on mini"):
+    with pytest.raises(
+        ConfigError, match=r"background on mini: .*logits: shape \(2, 8\), wanted \(2, 7\)[^$]*These pairs of the plan work: cam on mini"
+    ):
         plan(["cam", name])
 
 
