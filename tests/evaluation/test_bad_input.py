@@ -8,8 +8,9 @@ import torch
 
 from bench.backbone import BACKBONES
 from bench.evaluation.evaluator import Unusable
-from bench.evaluation.maps import check_finite, map_ranges, min_max, read_maps
+from bench.evaluation.maps import map_ranges, min_max
 from bench.evaluation.metrics import compute_metrics
+from bench.evaluation.read_out import check_finite, forward, read_out
 from bench.method import METHODS
 
 SMALL = {"cnn": "mini", "vit": "mini-vit", "apvit": "mini-apvit"}
@@ -26,9 +27,7 @@ def explained(entry, *, break_weights=False):
             next(classifier.parameters()).fill_(float("nan"))
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
-        output = classifier(images)
-    output.images = images
-    return method, classifier, output
+        return method, classifier, forward(classifier, images)
 
 
 @pytest.mark.parametrize("entry", BUILT_IN, ids=lambda e: e.name)
@@ -36,7 +35,7 @@ def explained(entry, *, break_weights=False):
 def test_a_class_id_out_of_range_is_an_error_that_names_it(entry, wrong):
     method, classifier, output = explained(entry)
     with pytest.raises(ValueError, match=rf"class id {wrong} is out of range: the classifier has 7 classes, 0 to 6"):
-        read_maps(method, classifier, output, torch.tensor([0, wrong]))
+        read_out(method, classifier, output, torch.tensor([0, wrong]))
 
 
 @pytest.mark.parametrize("entry", BUILT_IN, ids=lambda e: e.name)
@@ -50,7 +49,7 @@ def test_a_network_with_nan_weights_is_refused(entry):
 def test_maps_of_every_method_are_scaled_to_the_unit_interval(entry):
     method, classifier, output = explained(entry)
     with torch.inference_mode():  # as the evaluator
-        scaled = min_max(read_maps(method, classifier, output, torch.tensor([1, 6])))
+        scaled = min_max(read_out(method, classifier, output, torch.tensor([1, 6])))
     assert scaled.isfinite().all()
     assert scaled.min() == 0
     assert scaled.max() <= 1
@@ -60,7 +59,7 @@ def test_maps_of_the_wrong_form_are_an_error_that_names_the_method():
     method, classifier, output = explained(METHODS.get("cam"))
     method.maps = lambda *_: torch.zeros(2, 7, 4, 4)
     with pytest.raises(ValueError, match=r"CAM\.maps returned the shape \(2, 7, 4, 4\), wanted \(2, h, w\)"):
-        read_maps(method, classifier, output, torch.tensor([0, 1]))
+        read_out(method, classifier, output, torch.tensor([0, 1]))
 
 
 NAN = float("nan")

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.data.transforms import eval_images
 from bench.evaluation.class_maps import SIDE, AverageMaps, ClassSums, read_average_maps, write_average_maps
-from bench.evaluation.maps import min_max, read_maps, upsample
+from bench.evaluation.maps import enlarged
+from bench.evaluation.read_out import forward_stored, read_out
 from bench.io import file_sha256
 from bench.runtime.engine import Engine
 from bench.sweep.store import MAPS, read_records
@@ -72,10 +72,10 @@ def test_the_maps_of_an_evaluation_are_the_means_of_the_maps_it_compares(make_me
     found = evaluated(classifier, {"cam": method})["cam"].maps
     (raw,) = split.reader.eval_batches(rank=0, world_size=1, batch_size=27)
     with torch.inference_mode():
-        output = classifier(eval_images(raw.images, size=32, mean=classifier.backbone.mean, std=classifier.backbone.std))
-        expected = {"map": read_maps(method, classifier, output, raw.labels), "attention": layer_attention(output.layers[3])}
+        output = forward_stored(classifier, raw.images, size=32)
+        expected = {"map": read_out(method, classifier, output, raw.labels), "attention": layer_attention(output.layers[3])}
     for name, maps in expected.items():
-        mean = upsample(min_max(maps), size=32)[raw.labels == 3].double().mean(0)
+        mean = enlarged(maps, size=32)[raw.labels == 3].double().mean(0)
         np.testing.assert_allclose(getattr(found, name)[3], 255 * mean, atol=0.51)
     assert found.count.sum() == 27
     assert not found.au_map[split.reader.classes.index("neutral")].any()

@@ -26,7 +26,7 @@ from bench.prepare.preparation import Preparation
 from bench.reporting.pictures.explain import (
     REPORT,
     LandmarkSource,
-    Source,
+    PictureFile,
     choose_readers,
     explain,
     find_pictures,
@@ -193,7 +193,7 @@ def test_the_prediction_is_that_of_the_evaluation_of_the_same_pixels(training, t
 
 def test_an_aligned_face_lies_on_the_template(faces):
     source = LandmarkSource(str(faces / "landmarks.csv"))
-    face = prepare_face(Source(path=faces / "one.png", name="one"), source, preparation=None, align=True)
+    face = prepare_face(PictureFile(path=faces / "one.png", name="one"), source, preparation=None, align=True)
     assert face.prepared == "aligned"
     assert np.abs(five_points(face.landmarks) - template_points(256)).mean() < 0.05 * 256
 
@@ -203,10 +203,10 @@ def test_a_picture_without_a_row_has_no_landmarks_and_one_with_a_bad_row_cannot_
     table.write_text(table.read_text().replace("two.png,", "two.png,oops"))
     source = LandmarkSource(str(table))
     (faces / "three.png").write_bytes((faces / "one.png").read_bytes())
-    face = prepare_face(Source(path=faces / "three.png", name="three"), source, preparation=None, align=False)
+    face = prepare_face(PictureFile(path=faces / "three.png", name="three"), source, preparation=None, align=False)
     assert face.landmarks is None
     with pytest.raises(BadPictureError, match=r"line 3 \(two\.png\)"):
-        prepare_face(Source(path=faces / "two.png", name="two"), source, preparation=None, align=False)
+        prepare_face(PictureFile(path=faces / "two.png", name="two"), source, preparation=None, align=False)
 
 
 def test_pictures_of_one_name_get_folders_of_their_own_and_no_name_leads_elsewhere(tmp_path):
@@ -271,13 +271,13 @@ def test_an_older_training_without_its_data_says_what_is_assumed(bench_here, tmp
 
 
 def test_data_that_is_not_the_trainings_is_refused(older, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not there"):
+    with pytest.raises(FileNotFoundError, match="does not hold the dataset of the training"):
         with_preparation(open_training(older), tmp_path)
 
 
 def test_a_preparation_that_needs_an_annotation_is_named(faces):
     needy = Preparation(entry="rafdb", size=64, quality=95, aligned=True, needs="the five points")
-    face = prepare_face(Source(path=faces / "one.png", name="one"), LandmarkSource("none"), preparation=needy, align=None)
+    face = prepare_face(PictureFile(path=faces / "one.png", name="one"), LandmarkSource("none"), preparation=needy, align=None)
     assert face.image.shape == (64, 64, 3)
     assert "prepared with the five points" in face.deviation
 
@@ -286,7 +286,7 @@ def test_a_preparation_that_needs_an_annotation_is_named(faces):
 def test_a_flag_overrides_the_preparation_of_the_training_and_the_report_says_so(faces, align, prepared):
     whole = Preparation(entry="folder", size=48, quality=95)
     source = LandmarkSource(str(faces / "landmarks.csv"))
-    face = prepare_face(Source(path=faces / "one.png", name="one"), source, preparation=whole, align=align)
+    face = prepare_face(PictureFile(path=faces / "one.png", name="one"), source, preparation=whole, align=align)
     assert face.prepared == prepared
     assert (face.deviation is None) == (prepared == "letterboxed")
 
@@ -357,7 +357,7 @@ def test_the_probabilities_of_a_file_are_those_of_its_evaluation(layouts, tmp_pa
     )
     assert len(results) == len(keys) == 6
     for result in results:
-        key = keys[result.source.path.relative_to(layouts / name).as_posix()]
+        key = keys[result.file.path.relative_to(layouts / name).as_posix()]
         assert result.facts["as_trained"]
         np.testing.assert_allclose(list(result.facts["probabilities"].values()), evaluated[key], atol=1e-5)
 
