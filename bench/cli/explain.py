@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable
@@ -15,7 +14,6 @@ from bench.cli import options
 
 if TYPE_CHECKING:
     from bench.reporting.pictures.explain import Explanation, Failed
-    from bench.sweep.restore import Restored
 
 Pictures = Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Picture files, or folders of them.")]
 Checkpoint = Annotated[
@@ -75,7 +73,7 @@ def explain(
     Exit status 0: all is done, 1: some pictures or maps could not be explained, 2: nothing could be.
     """
     from bench.registry import load_plugin
-    from bench.reporting.pictures.explain import LandmarkSource, choose_readers, find_pictures
+    from bench.reporting.pictures.explain import LandmarkSource, choose_readers, find_pictures, open_training, with_preparation
     from bench.reporting.pictures.explain import explain as explain_pictures
     from bench.runtime.engine import Engine
 
@@ -83,7 +81,7 @@ def explain(
         raise ValueError(f"--device {device}: choose one of: auto, cpu")
     for plugin in plugins or ():
         load_plugin(plugin)
-    restored = _open(checkpoint, data)
+    restored = with_preparation(open_training(checkpoint), data)
     readers = choose_readers(restored.training, [name.strip() for name in (methods or "").split(",") if name.strip()])
     source = LandmarkSource(landmarks, weights=landmark_weights)
     if align and landmarks == "none":
@@ -101,18 +99,6 @@ def explain(
         failed=failed,
     )
     _print(itertools.chain(failed, results), out=out, methods=readers)
-
-
-def _open(checkpoint: Path, data: Path | None) -> Restored:
-    """The network, with the preparation of its pictures where that can be known."""
-    from bench.reporting.pictures.explain import open_training, with_preparation
-
-    restored = open_training(checkpoint)
-    if data is not None:
-        return with_preparation(restored, data)
-    with contextlib.suppress(FileNotFoundError):
-        restored = with_preparation(restored, Path("data"))
-    return restored
 
 
 def _print(results: Iterable[Explanation | Failed], *, out: Path, methods: Iterable[str]) -> None:

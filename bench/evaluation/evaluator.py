@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,9 +22,9 @@ from bench.data.transforms import eval_landmarks
 from bench.evaluation.class_maps import AverageMaps, ClassSums, average_maps
 from bench.evaluation.invariance import Slice, check_invariance
 from bench.evaluation.maps import attention_cosines, cosines, enlarged, map_ranges, stored_au_maps, where_valid
-from bench.evaluation.measures import Choice, Explained, Measuring
+from bench.evaluation.measures import NO_MEASURES, Choice, Explained, Measuring
 from bench.evaluation.parts import combine, convert
-from bench.evaluation.read_out import forward_stored, grad_mode, read_out
+from bench.evaluation.read_out import forward, grad_mode, network_input, read_out
 from bench.evaluation.rows import Rows
 from bench.method import Classifier, Method
 from bench.runtime.engine import Engine
@@ -77,8 +76,8 @@ def accuracy(classifier: Classifier, reader: Reader, *, size: int, batch_size: i
     with engine.together(), torch.inference_mode():
         for raw in reader.eval_batches(rank=engine.rank, world_size=engine.world_size, batch_size=batch_size):
             engine.stop.check()
-            output = forward_stored(classifier, raw.images.to(engine.device), size=size, label="selection of the checkpoint")
-            hits = output.logits.argmax(dim=1) == raw.labels.to(engine.device)
+            images = network_input(classifier, raw.images.to(engine.device), size=size)
+            hits = forward(classifier, images, label="selection of the checkpoint").logits.argmax(dim=1) == raw.labels.to(engine.device)
             counts += torch.stack([hits.sum(), torch.as_tensor(len(raw), device=engine.device)])
     classifier.train(training)
     correct, seen = engine.sum(counts).tolist()
@@ -100,7 +99,7 @@ def evaluate(
     engine: Engine,
     observer: Observer,
     label: str,
-    measures: Choice | None = None,
+    measures: Choice = NO_MEASURES,
 ) -> dict[str, Evaluated | Unusable]:
     """Results of every cell, from one forward pass a sample. Then the main process makes the invariance check; the rest wait for it.
 
@@ -128,58 +127,35 @@ def evaluate(
         EverywhereError: with several processes, what went wrong on one of them.
     """
     assert not classifier.training
-    work = Work(label, "evaluating")
     evaluation = _Evaluation(
-        classifier, methods, reader, size=size, au_variant=au_variant, attention_layer=attention_layer, engine=engine, work=work
+        classifier,
+        methods,
+        reader,
+        size=size,
+        au_variant=au_variant,
+        attention_layer=attention_layer,
+        engine=engine,
+        work=Work(label, "evaluating"),
+        measuring=Measuring(measures, classifier, total=len(reader.keys)),
     )
-    if measures is not None and measures.names:
-        evaluation.measuring = Measuring(measures, classifier, total=len(reader.keys))
-    reset_peak_memory(engine.device)
-    if engine.is_main:
-        observer.begin(work, steps=len(reader.keys), done=0)
-    with engine.together(), grad_mode(methods.values()):
-        for raw in reader.eval_batches(rank=engine.rank, world_size=engine.world_size, batch_size=batch_size):
-            engine.stop.check()
-            evaluation.add(raw)
-            if engine.is_main:
-                observer.advance(work, steps=len(raw) * engine.world_size, note="")
-    if engine.is_main:
-        observer.end(work)
+    evaluation.run(batch_size=batch_size, observer=observer)
     return evaluation.results(keys_sha256=keys_sha256, batch_size=batch_size)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Figures:
-    """Values of one method's maps, one a sample: tensors (B,) of a batch, then arrays (N,) of the split."""
-
-    cosines_true: Any
-    cosines_predicted: Any
-    ranges_true: Any
-    """See `bench.evaluation.maps.map_ranges`."""
-    ranges_predicted: Any
-    measures: Mapping[str, Any]
-    """Column of the optional measures -> values."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Samples:
-    """Values of samples: tensors of a batch on the device, then arrays of the split on the host. The first axis is the sample."""
+    """Values of samples, by field of `Rows`: tensors of a batch, then arrays of the split on the host. The first axis is the sample."""
 
     positions: Any
     """In the split."""
-    labels: Any
-    logits: Any
-    au_valid: Any
-    attention: Mapping[int, Any]
-    """Layer -> cosines of its attention with the AU maps."""
-    figures: Mapping[str, _Figures]
-    """Method -> values."""
+    shared: Mapping[str, Any]
+    """Fields with the same values for all methods."""
+    of_method: Mapping[str, Mapping[str, Any]]
+    """Method -> fields with values of its maps."""
 
 
 class _Evaluation:
-    """What one process computes of its batches, keeps of them, and in the end puts together with the rest."""
-
-    measuring: Measuring | None = None
+    """What one process computes of its batches, keeps of them, and in the end puts together with the results of all processes."""
 
     def __init__(
         self,
@@ -192,10 +168,11 @@ class _Evaluation:
         attention_layer: int,
         engine: Engine,
         work: Work,
+        measuring: Measuring,
     ) -> None:
         self.classifier, self.methods, self.reader = classifier, methods, reader
         self.size, self.au_variant, self.attention_layer = size, au_variant, attention_layer
-        self.engine, self.work = engine, work
+        self.engine, self.work, self.measuring = engine, work, measuring
         self.expressions = expression_ids(reader.classes).to(engine.device)
         self.attention_sums, self.au_sums, *map_sums = (
             ClassSums(reader.labels, num_classes=len(reader.classes), device=engine.device) for _ in range(2 + len(methods))
@@ -205,13 +182,28 @@ class _Evaluation:
         self.slice = Slice(len(reader.keys))
         self.watch = Stopwatch(engine.device)
 
+    def run(self, *, batch_size: int, observer: Observer) -> None:
+        """Compute all batches of this process."""
+        engine = self.engine
+        reset_peak_memory(engine.device)
+        if engine.is_main:
+            observer.begin(self.work, steps=len(self.reader.keys), done=0)
+        with engine.together(), grad_mode(self.methods.values()):
+            for raw in self.reader.eval_batches(rank=engine.rank, world_size=engine.world_size, batch_size=batch_size):
+                engine.stop.check()
+                self.add(raw)
+                if engine.is_main:
+                    observer.advance(self.work, steps=len(raw) * engine.world_size, note="")
+        if engine.is_main:
+            observer.end(self.work)
+
     def add(self, raw: RawBatch) -> None:
         """Compute a batch. Sums stay on the device; values of the samples go to the host at the end."""
         batch, size, stored = raw.to(self.engine.device), self.size, raw.images.shape[-1]
         expressions = self.expressions[batch.labels]
         au_maps, valid = stored_au_maps(batch.landmarks, expressions, stored=stored, size=size, variant=self.au_variant)
-        output = forward_stored(self.classifier, batch.images, size=size, label=str(self.work))
-        predicted = output.logits.argmax(dim=1)
+        images = network_input(self.classifier, batch.images, size=size)
+        output = forward(self.classifier, images, label=str(self.work))
         attention = {layer: layer_attention(features.detach()) for layer, features in output.layers.items()}
         place = {"positions": batch.positions, "labels": batch.labels}
         self.au_sums.add(au_maps, **place, valid=valid)
@@ -219,9 +211,10 @@ class _Evaluation:
         explain = functools.partial(
             Explained,
             classifier=self.classifier,
-            images=output.images,
+            randomised=self.measuring.randomised,
+            images=images,
             logits=output.logits.detach(),
-            predicted=predicted,
+            predicted=output.logits.argmax(dim=1),
             landmarks=eval_landmarks(batch.landmarks, stored=stored, size=REFERENCE_FRAME),
             expressions=expressions,
             au_maps=au_maps,
@@ -229,46 +222,38 @@ class _Evaluation:
             au_variant=self.au_variant,
         )
         maps: dict[str, Tensor] = {}
-        figures: dict[str, _Figures] = {}
+        of_method: dict[str, Mapping[str, Any]] = {}
         for name, method in self.methods.items():
             with self.watch.timing(name):
                 maps[name] = read_out(method, self.classifier, output, batch.labels)
-            raw_predicted = read_out(method, self.classifier, output, predicted)
-            map_true, map_predicted = enlarged(maps[name], size=size), enlarged(raw_predicted, size=size)
+            predicted = read_out(method, self.classifier, output, output.logits.argmax(dim=1))
+            map_true, map_predicted = enlarged(maps[name], size=size), enlarged(predicted, size=size)
             self.map_sums[name].add(map_true, **place)
-            measured: Mapping[str, Tensor] = {}
-            if self.measuring is not None:
-                explained = explain(
-                    method=method,
-                    randomised=self.measuring.randomised,
-                    raw_predicted=raw_predicted,
-                    map_true=map_true,
-                    map_predicted=map_predicted,
-                )
-                measured = self.measuring.measure(explained, positions=batch.positions)
-            figures[name] = _Figures(
-                cosines_true=where_valid(valid, cosines(map_true, au_maps)),
-                cosines_predicted=where_valid(valid, cosines(map_predicted, au_maps)),
-                ranges_true=map_ranges(maps[name]),
-                ranges_predicted=map_ranges(raw_predicted),
-                measures=measured,
-            )
+            explained = explain(method=method, raw_predicted=predicted, map_true=map_true, map_predicted=map_predicted)
+            of_method[name] = {
+                "map_cosines_true": where_valid(valid, cosines(map_true, au_maps)),
+                "map_cosines_predicted": where_valid(valid, cosines(map_predicted, au_maps)),
+                "map_ranges_true": map_ranges(maps[name]),
+                "map_ranges_predicted": map_ranges(predicted),
+                "measures": self.measuring.measure(explained, positions=batch.positions),
+            }
         self.slice.keep(raw, logits=output.logits, maps=maps)
-        samples = _Samples(
-            **place,
-            logits=output.logits,
-            au_valid=valid,
-            attention={layer: where_valid(valid, attention_cosines(values, au_maps)) for layer, values in attention.items()},
-            figures=figures,
-        )
+        shared = {
+            "labels": batch.labels,
+            "logits": output.logits,
+            "au_valid": valid,
+            "attention_cosines": {layer: where_valid(valid, attention_cosines(values, au_maps)) for layer, values in attention.items()},
+        }
+        samples = _Samples(positions=batch.positions, shared=shared, of_method=of_method)
         self.parts.append(convert(samples, lambda values: values.detach().cpu().numpy()))
 
     def results(self, *, keys_sha256: str, batch_size: int) -> dict[str, Evaluated | Unusable]:
         """Results of the whole split on every process, see `evaluate`; all processes call this together."""
-        engine, reader = self.engine, self.reader
+        engine = self.engine
         peak = engine.from_main(peak_memory(engine.device))
         samples = self._all_samples(keys_sha256)
-        unusable = {name: reason for name in self.methods if (reason := self._not_finite(samples, name)) is not None}
+        keys = [self.reader.keys[position] for position in samples.positions]
+        unusable = {name: problem for name in self.methods if (problem := self._not_finite(samples, name)) is not None}
         usable = {name: method for name, method in self.methods.items() if name not in unusable}
         shares = engine.gather(self.slice.parts)
         with engine.together():
@@ -280,33 +265,19 @@ class _Evaluation:
         assert invariance is not None
         attention, au_map = self.attention_sums.total(engine), self.au_sums.total(engine)
         spent = engine.gather(self.watch.seconds())
-        results: dict[str, Evaluated | Unusable] = {}
-        for name in self.methods:
-            if name in unusable:
-                results[name] = unusable[name]
-                continue
-            figures = samples.figures[name]
-            results[name] = Evaluated(
-                rows=Rows(
-                    keys=[reader.keys[position] for position in samples.positions],
-                    labels=samples.labels,
-                    people=reader.people.numpy()[samples.positions],
-                    logits=samples.logits,
-                    au_valid=samples.au_valid,
-                    attention_cosines=samples.attention,
-                    map_cosines_true=figures.cosines_true,
-                    map_cosines_predicted=figures.cosines_predicted,
-                    map_ranges_true=figures.ranges_true,
-                    map_ranges_predicted=figures.ranges_predicted,
-                    measures=figures.measures,
-                ),
+        people = self.reader.people.numpy()[samples.positions]
+        results = {
+            name: Evaluated(
+                rows=Rows(keys=keys, people=people, **samples.shared, **samples.of_method[name]),
                 attention_layer=self.attention_layer,
                 maps=average_maps(self.map_sums[name].total(engine), attention=attention, au_map=au_map),
                 invariance=invariance[name],
-                map_seconds_per_image=sum(share[name] for share in spent) / len(reader.keys),
+                map_seconds_per_image=sum(share[name] for share in spent) / len(keys),
                 peak_memory_bytes=peak,
             )
-        return results
+            for name in usable
+        }
+        return {name: results[name] if name in results else unusable[name] for name in self.methods}
 
     def _all_samples(self, keys_sha256: str) -> _Samples:
         """The samples of all processes, in the order of the split.
@@ -326,14 +297,12 @@ class _Evaluation:
 
     def _not_finite(self, samples: _Samples, name: str) -> Unusable | None:
         """Why the maps of a method cannot be used, or None."""
-        if self.methods[name].variant == "official":
-            return None
-        true, predicted = (np.isnan(ranges) for ranges in (samples.figures[name].ranges_true, samples.figures[name].ranges_predicted))
-        bad: npt.NDArray[np.bool_] = true | predicted
-        if not bad.any():
+        true, predicted = (np.isnan(samples.of_method[name][field]) for field in ("map_ranges_true", "map_ranges_predicted"))
+        bad = true | predicted
+        if self.methods[name].variant == "official" or not bad.any():
             return None
         first = int(bad.argmax())
-        label = samples.labels[first] if true[first] else int(samples.logits[first].argmax())
+        label = samples.shared["labels"][first] if true[first] else int(samples.shared["logits"][first].argmax())
         return Unusable(
             reason=f"maps of {int(bad.sum())} of {len(bad)} samples hold NaN or infinite values, the first that of sample "
             f"{self.reader.keys[samples.positions[first]]} for class {self.reader.classes[label]!r}: no figure can be taken from them, "

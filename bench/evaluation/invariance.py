@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from bench.data.batch import RawBatch
 from bench.evaluation.maps import map_ranges, min_max
 from bench.evaluation.parts import combine, convert
-from bench.evaluation.read_out import forward_stored, grad_mode, read_out
+from bench.evaluation.read_out import forward, grad_mode, network_input, read_out
 from bench.method import Classifier, Method
 from bench.runtime.engine import Engine
 
@@ -38,18 +39,17 @@ UNLIKE = 1e9
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SliceSamples:
-    """Some samples of the slice with their results. On the CPU."""
+    """Some samples of the slice with their results, on the CPU.
+
+    Shapes: ``positions`` and ``labels`` (n,) int64; ``images`` (n, 3, S, S) uint8, as stored; ``logits`` (n, K); ``maps``: method ->
+    (n, h, w), raw maps of the true class.
+    """
 
     positions: Tensor
-    """(n,) int64."""
     images: Tensor
-    """(n, 3, S, S) uint8, as stored."""
     labels: Tensor
-    """(n,) int64."""
     logits: Tensor
-    """(n, K)."""
     maps: Mapping[str, Tensor]
-    """Method -> (n, h, w) raw maps of the true class."""
 
 
 class Slice:
@@ -172,11 +172,11 @@ def _compute(
     """The slice, computed again in the given order of its samples and returned in the order of the split."""
     parts = []
     with grad_mode(methods.values()):
-        for rows in order.split(batch_size):
+        for start in range(0, len(order), batch_size):
             engine.stop.check()
-            batch = convert(dataclasses.replace(samples, maps={}), lambda values, rows=rows: values[rows])
+            batch = convert(dataclasses.replace(samples, maps={}), operator.itemgetter(order[start : start + batch_size]))
             labels = batch.labels.to(engine.device)
-            output = forward_stored(classifier, batch.images.to(engine.device), size=size)
+            output = forward(classifier, network_input(classifier, batch.images.to(engine.device), size=size))
             maps = {name: read_out(method, classifier, output, labels).cpu() for name, method in methods.items()}
             parts.append(dataclasses.replace(batch, logits=output.logits.detach().cpu(), maps=maps))
     return Slice.join(parts)

@@ -19,11 +19,12 @@ def combine(parts: Sequence[T], function: Callable[[Sequence[Any]], Any]) -> T:
     first: Any = parts[0]
     if isinstance(first, Mapping):
         combined: Any = {key: combine([part[key] for part in parts], function) for key in first}  # type: ignore[index]
-        return combined  # type: ignore[no-any-return]
-    if dataclasses.is_dataclass(first):
+    elif dataclasses.is_dataclass(first) and not isinstance(first, type):
         fields = {f.name: combine([getattr(part, f.name) for part in parts], function) for f in dataclasses.fields(first)}
-        return type(first)(**fields)  # type: ignore[return-value]
-    return function(parts)  # type: ignore[no-any-return]
+        combined = dataclasses.replace(first, **fields)
+    else:
+        combined = function(parts)
+    return combined  # type: ignore[no-any-return]
 
 
 def convert(value: T, function: Callable[[Any], Any]) -> T:

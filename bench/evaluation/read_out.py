@@ -17,27 +17,24 @@ def grad_mode(methods: Iterable[Method]) -> contextlib.AbstractContextManager[ob
     return torch.enable_grad() if any(method.needs_grad for method in methods) else torch.inference_mode()
 
 
-def forward(classifier: Classifier, images: Tensor) -> Output:
-    """Output of the classifier for normalised pictures (B, 3, S, S); it keeps the pictures, which some read-outs look at again."""
-    output: Output = classifier(images)
-    output.images = images
-    return output
+def network_input(classifier: Classifier, stored: Tensor, *, size: int) -> Tensor:
+    """Stored pictures (B, 3, S, S) uint8 as the classifier takes them: (B, 3, size, size) float32, normalised for its backbone."""
+    return eval_images(stored, size=size, mean=classifier.backbone.mean, std=classifier.backbone.std)
 
 
-def forward_stored(classifier: Classifier, stored: Tensor, *, size: int, label: str | None = None) -> Output:
-    """Output of the classifier for stored pictures.
+def forward(classifier: Classifier, images: Tensor, *, label: str | None = None) -> Output:
+    """Output of the classifier for normalised pictures (B, 3, S, S). It keeps the pictures, which some read-outs look at again.
 
     Args:
         classifier: in eval mode, on the device of the pictures.
-        stored: (B, 3, S, S) uint8.
-        size: side of the network's input.
-        label: name for the error. None: logits are not checked.
+        images: see `network_input`.
+        label: name of the training, for the error. None: logits are not checked.
 
     Raises:
         ValueError: logits are NaN or infinite; see `check_finite`.
     """
-    backbone = classifier.backbone
-    output = forward(classifier, eval_images(stored, size=size, mean=backbone.mean, std=backbone.std))
+    output: Output = classifier(images)
+    output.images = images
     if label is not None:
         check_finite(output.logits, label=label)
     return output

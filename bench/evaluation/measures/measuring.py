@@ -36,6 +36,9 @@ class Choice:
     """Of the randomised networks."""
 
 
+NO_MEASURES = Choice(names=(), samples=0, seed=0)
+
+
 def choice_of(cell: Cell) -> Choice:
     """The measures that the settings of a cell ask for. Records of versions without measures ask for none."""
     return Choice(

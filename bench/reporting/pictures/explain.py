@@ -26,7 +26,7 @@ from bench.data.index import INDEX_NAME, load_index
 from bench.data.samples import decode_jpeg
 from bench.dataset import BadPictureError, Face, Frame
 from bench.evaluation.maps import enlarged, map_cosines, stored_au_maps, upsample
-from bench.evaluation.read_out import forward_stored, grad_mode, read_out
+from bench.evaluation.read_out import forward, grad_mode, network_input, read_out
 from bench.io import write_bytes_atomic, write_json_atomic
 from bench.matrix import Training
 from bench.method import METHODS, Method, Output
@@ -121,22 +121,24 @@ def open_training(folder: Path) -> Restored:
     return restore(cells.parent / "trainings" / record.training_key[:16])
 
 
-def with_preparation(restored: Restored, data: Path) -> Restored:
+def with_preparation(restored: Restored, data: Path | None) -> Restored:
     """Add how the training's pictures were prepared, from the index of its data. Trainings of newer versions know it already.
 
     Args:
         restored: the network.
-        data: the prepared dataset, or the folder of several.
+        data: the prepared dataset, or the folder of several. None: look in ``data``, and leave it unknown if it is not there.
 
     Raises:
-        FileNotFoundError: the dataset of the training is not there.
+        FileNotFoundError: ``data`` does not hold the dataset of the training.
     """
     if restored.preparation is not None:
         return restored
-    dataset = restored.training.dataset
-    for folder in (data, *sorted(data.glob(f"{glob.escape(dataset.name)}*"))):
-        if (folder / INDEX_NAME).is_file() and (index := load_index(folder)).fingerprint == dataset.fingerprint:
+    dataset, folder = restored.training.dataset, data or Path("data")
+    for candidate in (folder, *sorted(folder.glob(f"{glob.escape(dataset.name)}*"))):
+        if (candidate / INDEX_NAME).is_file() and (index := load_index(candidate)).fingerprint == dataset.fingerprint:
             return dataclasses.replace(restored, preparation=preparation_of(index))
+    if data is None:
+        return restored
     raise FileNotFoundError(
         f"--data {data} does not hold the dataset of the training: {dataset.name!r} with the fingerprint {dataset.fingerprint[:10]}"
     )
@@ -388,16 +390,15 @@ def _header(restored: Restored, methods: Mapping[str, Method], landmarks: Landma
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _ClassMaps:
-    """The maps of one class for each face of a batch."""
+    """The maps of one class for each face of a batch.
+
+    Shapes: ``labels`` (B,); ``maps``: method -> (B, h, w), raw; ``au_maps`` (B, size, size); ``au_valid`` (B,) bool.
+    """
 
     labels: Tensor
-    """(B,)."""
     maps: Mapping[str, Tensor]
-    """Method -> (B, h, w), raw."""
     au_maps: Tensor
-    """(B, size, size)."""
     au_valid: Tensor
-    """(B,) bool."""
 
 
 class _Network:
@@ -414,7 +415,8 @@ class _Network:
         """Draw and describe each face: its maps for the predicted class, and for the classes of these ``labels``."""
         stored = torch.from_numpy(np.stack([face.image for face in faces])).permute(0, 3, 1, 2).to(self.device)
         with grad_mode(self.methods.values()):
-            output = forward_stored(self.classifier, stored, size=self.size, label=", ".join(str(face.file.path) for face in faces))
+            images = network_input(self.classifier, stored, size=self.size)
+            output = forward(self.classifier, images, label=", ".join(str(face.file.path) for face in faces))
             predicted = output.logits.argmax(dim=1)
             columns = [predicted, *(torch.full_like(predicted, label) for label in labels)]
             class_maps = [self._read_out(output, faces, column) for column in columns]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from bench.au.maps import action_unit_maps, expression_ids
 from bench.data.batch import RawBatch, Reader
 from bench.evaluation.maps import enlarged, stored_au_maps
 from bench.evaluation.parts import combine, convert
-from bench.evaluation.read_out import forward_stored, grad_mode, read_out
+from bench.evaluation.read_out import forward, grad_mode, network_input, read_out
 from bench.matrix import Cell
 from bench.method import METHODS
 from bench.reporting.tables.leaderboard import GUIDANCE, GUIDANCE_TITLES, table_order
@@ -52,7 +53,7 @@ def choose_faces(reader: Reader, *, skip: int = 0) -> ExpressionFaces:
         for i in valid.nonzero().flatten().tolist():
             label = int(raw.labels[i])
             if label not in chosen and left[label] == 0:
-                chosen[label] = convert(raw, lambda values, i=i: values[i : i + 1])
+                chosen[label] = convert(raw, operator.itemgetter(slice(i, i + 1)))
             left[label] = max(0, left[label] - 1)
         if len(chosen) == len(left):
             break
@@ -128,7 +129,7 @@ def _maps(cells: Sequence[Cell], batch: RawBatch, store: Store, *, num_classes: 
         classifier = load_trained(training, store.training_folder(training), num_classes=num_classes)
         readers = {cell.method: build_reader(cell) for cell in cells if cell.training.key == training.key}
         with grad_mode(readers.values()):
-            output = forward_stored(classifier, batch.images, size=training.settings["images"]["size"])
+            output = forward(classifier, network_input(classifier, batch.images, size=training.settings["images"]["size"]))
             for name, method in readers.items():
                 shown = enlarged(read_out(method, classifier, output, batch.labels), size=batch.images.shape[-1])
                 maps[name, training.backbone, training.guidance] = shown.numpy()
