@@ -21,7 +21,7 @@ Checkpoint = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Folder to write: new, or empty.", file_okay=False)]
 Methods = Annotated[
-    str | None, typer.Option(help="Methods, comma-separated. Default: all that can read the training, slow ones such as scorecam too.")
+    str | None, typer.Option(help="Methods, comma-separated. Default: all that can read the training, with slow methods such as scorecam.")
 ]
 Classes = Annotated[list[str] | None, typer.Option("--class", help="Maps of this class besides the predicted one; repeatable.")]
 Landmarks = Annotated[
@@ -31,7 +31,7 @@ Landmarks = Annotated[
     ),
 ]
 LandmarkWeights = Annotated[
-    Path | None, typer.Option(help="Folder of the files that find landmarks. Default: where their package keeps them.", file_okay=False)
+    Path | None, typer.Option(help="Folder with the weights of the landmark detector. Default: that of its package.", file_okay=False)
 ]
 Align = Annotated[
     bool | None,
@@ -45,13 +45,13 @@ Align = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="Prepared dataset of the training. Needed only where an older version trained: newer ones keep the preparation. "
-        "Default: looked for in data.",
+        help="Prepared dataset of the training. Needed only for trainings of older versions: newer ones keep the preparation. "
+        "Default: the folder data.",
         file_okay=False,
         show_default=False,
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, or cpu to leave accelerators alone.")]
+Device = Annotated[str, typer.Option(help="auto, or cpu to use no accelerator.")]
 
 
 def explain(
@@ -70,7 +70,7 @@ def explain(
 ) -> None:
     """Show what a trained network sees in pictures: prediction, overlays of all maps, and explanation.json with the figures.
 
-    Exit status 0: all is done, 1: some pictures or maps could not be explained, 2: nothing could be.
+    Exit status: 0 if all is done, 1 if some pictures or maps could not be explained, 2 if none could.
     """
     from bench.registry import load_plugin
     from bench.reporting.pictures.explain import LandmarkSource, choose_readers, find_pictures, open_training, with_preparation

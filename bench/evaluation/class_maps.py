@@ -110,16 +110,12 @@ class ClassSums:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ClassMeans:
-    """The means of `ClassSums`."""
+    """The means of `ClassSums`: ``means`` (K, SIDE, SIDE), ``count`` (K,), ``examples`` (E, SIDE, SIDE), ``positions`` (E,)."""
 
     means: Bytes
-    """(K, SIDE, SIDE)."""
     count: Ints
-    """(K,)."""
     examples: Bytes
-    """(E, SIDE, SIDE)."""
     positions: Ints
-    """(E,)."""
 
 
 def _bytes(steps: npt.NDArray[np.float64] | Ints) -> Bytes:

@@ -322,7 +322,7 @@ def count_macs(classifier: Classifier, *, size: int, device: torch.device) -> in
 
 
 class Stopwatch:
-    """Seconds of named work, of the device's own too, without a wait for the device until the sums are asked for."""
+    """Sums of seconds by name of the work, on a GPU too. It waits for the GPU only when the sums are read."""
 
     def __init__(self, device: torch.device) -> None:
         """Start with nothing measured on ``device``."""

@@ -31,17 +31,17 @@ class Interval(NamedTuple):
     high: float
 
 
-def t_interval(values: Sequence[float], *, level: float = LEVEL) -> Interval | None:
+def t_interval(values: Sequence[float]) -> Interval | None:
     """Student's interval of the mean over seeds: mean -+ t * s / sqrt(n), s with ddof = 1. None for fewer than two values."""
     n = len(values)
     if n < 2:
         return None
-    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n)
-    reach = float(stats.t.ppf(0.5 + level / 2, n - 1)) * error
+    mean = float(np.mean(values))
+    reach = t_reach(float(np.std(values, ddof=1)) / math.sqrt(n), degrees=n - 1)
     return Interval(mean - reach, mean + reach)
 
 
-def wilson_interval(successes: int, n: int, *, level: float = LEVEL) -> Interval:
+def wilson_interval(successes: int, n: int) -> Interval:
     """Score interval of a proportion (E. B. Wilson, JASA 1927).
 
     Raises:
@@ -50,7 +50,7 @@ def wilson_interval(successes: int, n: int, *, level: float = LEVEL) -> Interval
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} successes of {n} trials; a proportion needs 0 <= successes <= trials, and a trial")
     # scipy gives this interval only with an exact test, which takes a hundred times as long.
-    z, share = float(stats.norm.ppf(0.5 + level / 2)), successes / n
+    z, share = float(stats.norm.ppf(0.5 + LEVEL / 2)), successes / n
     centre, reach = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return Interval(max(0.0, (centre - reach) / (1 + z**2 / n)), min(1.0, (centre + reach) / (1 + z**2 / n)))
 
@@ -94,20 +94,19 @@ def clustered_mcnemar(differences: npt.ArrayLike) -> float:
     return min(1.0, 2 * float(distribution[positive:].sum()))
 
 
-def smallest_gap(samples: int, discordant: float, *, alpha: float = 1 - LEVEL) -> float:
-    """The smallest difference in accuracy that is significant in McNemar's exact test.
+def smallest_gap(samples: int, discordant: float) -> float:
+    """The smallest difference in accuracy that is significant in McNemar's exact test, uncorrected.
 
     Args:
         samples: number of samples in the test split.
         discordant: share of the samples on which exactly one of two classifiers is right.
-        alpha: level of the test, uncorrected.
 
     Returns:
         A share of ``samples``; 1 if even the largest possible difference is not significant.
     """
     pairs = round(samples * discordant)
     gaps = np.arange(pairs % 2, pairs + 1, 2)
-    enough = gaps[mcnemar((pairs + gaps) // 2, (pairs - gaps) // 2) < alpha]
+    enough = gaps[mcnemar((pairs + gaps) // 2, (pairs - gaps) // 2) < 1 - LEVEL]
     return float(enough[0]) / samples if len(enough) else 1.0
 
 
@@ -118,20 +117,19 @@ class Bootstrap:
     Introduction to the Bootstrap, 1993, ch. 8).
     """
 
-    def __init__(self, clusters: Sequence[str | None], *, replicates: int = REPLICATES, seed: int = 0) -> None:
+    def __init__(self, clusters: Sequence[str | None], *, replicates: int = REPLICATES) -> None:
         """Draw the replicates.
 
         Args:
             clusters: person shown in each sample; None: unknown, so that the sample is a cluster of its own.
             replicates: number of replicates.
-            seed: of the draw.
         """
         numbers: dict[tuple[bool, Any], int] = {}
         people = enumerate(clusters)
         self._of = np.array([numbers.setdefault((name is None, i if name is None else name), len(numbers)) for i, name in people])
         self.clusters = len(numbers)
         """Number of independent units."""
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
         self._draws = np.empty((replicates, self.clusters), np.float32)
         """(replicates, clusters): how often each cluster is in each replicate."""
         for row in self._draws:
@@ -172,9 +170,9 @@ class Bootstrap:
         return np.where(present > 0, total / np.where(present > 0, present, 1), np.nan)
 
 
-def percentile_interval(replicates: Doubles, *, level: float = LEVEL) -> Interval:
+def percentile_interval(replicates: Doubles) -> Interval:
     """Percentile interval of (R,) bootstrap replicates without NaN (Efron, Tibshirani, 1993, ch. 13)."""
-    low, high = np.nanquantile(replicates, [0.5 - level / 2, 0.5 + level / 2])
+    low, high = np.nanquantile(replicates, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
     return Interval(float(low), float(high))
 
 
@@ -192,9 +190,9 @@ def bootstrap_p(differences: npt.ArrayLike, errors: npt.ArrayLike, *, clusters: 
     return _t_test(np.asarray(differences, np.float64), np.asarray(errors, np.float64), degrees=clusters - 1)
 
 
-def t_reach(error: float, *, degrees: int, level: float = LEVEL) -> float:
+def t_reach(error: float, *, degrees: int) -> float:
     """Half the width of Student's interval, t * error, of a figure with this standard error; infinite with no degree of freedom."""
-    return float(stats.t.ppf(0.5 + level / 2, degrees)) * error if degrees > 0 else math.inf
+    return float(stats.t.ppf(0.5 + LEVEL / 2, degrees)) * error if degrees > 0 else math.inf
 
 
 def seeds_p(differences: npt.ArrayLike) -> Doubles:
@@ -283,12 +281,11 @@ class Ranking:
     """p value of all methods being equal (Friedman); None for fewer than three methods or two datasets."""
 
 
-def rank_methods(figures: Doubles, *, alpha: float = 1 - LEVEL) -> Ranking:
+def rank_methods(figures: Doubles) -> Ranking:
     """Average ranks, and their critical difference q * sqrt(k * (k + 1) / (6 * N)) for k methods, N datasets (J. Demsar, JMLR 2006, 3.2.2).
 
     Args:
         figures: (datasets, methods), higher is better.
-        alpha: level of the test.
 
     Raises:
         ValueError: fewer than two methods, no dataset, or a missing figure.
@@ -297,7 +294,7 @@ def rank_methods(figures: Doubles, *, alpha: float = 1 - LEVEL) -> Ranking:
     if methods < 2 or datasets < 1 or not np.isfinite(figures).all():
         raise ValueError(f"a ranking needs figures of at least two methods on every dataset, not {datasets} x {methods} with gaps")
     ranks = stats.rankdata(-figures, axis=1).mean(axis=0)
-    q = float(stats.studentized_range.ppf(1 - alpha, methods, np.inf)) / math.sqrt(2)
+    q = float(stats.studentized_range.ppf(LEVEL, methods, np.inf)) / math.sqrt(2)
     friedman = None
     if methods > 2 and datasets > 1:
         with np.errstate(invalid="ignore"):

@@ -84,7 +84,7 @@ def draw_gallery(plan: Plan, faces: ExpressionFaces, reader: Reader, *, fingerpr
     store = Store(plan.settings.config.run.results)
     maps = _maps(cells, faces.batch, store, num_classes=len(reader.classes))
     if not maps:
-        raise ValueError(f"nothing is trained yet for this data, seed {seed}, in {store.root}; first: bench run")
+        raise ValueError(f"nothing is trained for this data with seed {seed} in {store.root}; run bench run first")
     batch, variant = faces.batch, plan.settings.config.evaluation.au_maps
     size, expressions = batch.images.shape[-1], expression_ids(reader.classes)[batch.labels]
     au_maps = stored_au_maps(batch.landmarks, expressions, stored=size, size=size, variant=variant).maps.numpy()
