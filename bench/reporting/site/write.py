@@ -294,7 +294,8 @@ class _Site:
         summary = record.metrics["cam_cos"]["true"] if kind == "map" else record.metrics["att_cos"][str(layer)]
         cosines = ", ".join(f"{name} {entry['mean']:.2f}" for name, entry in summary["per_class"].items() if entry["mean"] is not None)
         kinds = "Mean maps" if kind == "map" else f"Mean attention of layer {layer}"
-        alt = f"{kinds}, {GUIDANCE_TITLES[record.cell.guidance]}, of {', '.join(record.data.classes)}. Mean cosine with the AU map: {cosines}."
+        classes = ", ".join(record.data.classes)
+        alt = f"{kinds}, {GUIDANCE_TITLES[record.cell.guidance]}, of {classes}. Mean cosine with the AU map: {cosines}."
         content: Bytes = getattr(maps, kind)
         return self._tiles(folder, f"{kind}-{_name(record)}", content, shown=[count > 0 for count in maps.count.tolist()], alt=alt)
 
