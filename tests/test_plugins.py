@@ -154,7 +154,7 @@ def test_a_changed_plugin_is_another_cell_and_the_table_shows_the_latest(run_own
     after, notes = figures(project)
     assert before["own-map"] != after["own-map"]
     assert (before["cam"], before["own-head"]) == (after["cam"], after["own-head"])
-    assert "1 records of own-map are of other code than its latest, and left out" in notes
+    assert "1 records of own-map were left out: they are not of its latest code" in notes
 
 
 def test_the_same_plugin_again_has_nothing_to_do(run_own):

@@ -1,4 +1,4 @@
-"""``bench status``: what became of every cell so far. Makes and touches nothing."""
+"""``bench status``: the state of every cell. Writes nothing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def status(
     if as_json:
         import dataclasses
 
-        content = {"cells": [dataclasses.asdict(one) for one in statuses], "totals": count_states(statuses)}
+        content = {"cells": [dataclasses.asdict(cell) for cell in statuses], "totals": count_states(statuses)}
         typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
     elif watch:
         _watch(settings, statuses)
@@ -51,7 +51,7 @@ def _look(settings: Settings) -> list[CellStatus]:
     from bench.sweep.plan import read_matrix
     from bench.sweep.status import survey
 
-    # The matrix anew each time: until a dataset is prepared, nobody knows the keys of its cells.
+    # The matrix is read each time: the keys of cells are unknown until their dataset is prepared.
     _, matrix = read_matrix(settings)
     return survey(matrix, settings.config.run.results, config=settings.config.sweep)
 
@@ -73,33 +73,33 @@ def _drawn(settings: Settings, statuses: Sequence[CellStatus]) -> RenderableType
     from bench.sweep.status import count_states
 
     table = Table("dataset", "backbone", "method", "guidance", "seed", "state", "")
-    for one in statuses:
-        style = _STYLES[one.state]
-        table.add_row(one.dataset, one.backbone, one.method, one.guidance, str(one.seed), f"[{style}]{one.state}[/]", escape(_told(one)))
+    for cell in statuses:
+        state = f"[{_STYLES[cell.state]}]{cell.state}[/]"
+        table.add_row(cell.dataset, cell.backbone, cell.method, cell.guidance, str(cell.seed), state, escape(_details(cell)))
     counts = count_states(statuses)
     totals = ", ".join(f"[{_STYLES[state]}]{count} {state}[/]" for state, count in counts.items() if count)
-    trainings = len({one.training for one in statuses})
+    trainings = len({cell.training for cell in statuses})
     return Group(table, f"{len(statuses)} cells of {trainings} trainings: {totals}. Results: {escape(str(settings.config.run.results))}")
 
 
-def _told(one: CellStatus) -> str:
+def _details(cell: CellStatus) -> str:
     from bench.io import duration
     from bench.sweep.status import elapsed
 
-    if one.state == "failed":
-        return f"{one.reason} ({elapsed(one.since)} ago)" if one.since else str(one.reason)
-    if one.state == "interrupted":
-        return f"at step {one.step} of {one.steps}; the next run goes on from there"
-    if one.state != "running":
+    if cell.state == "failed":
+        return f"{cell.reason} ({elapsed(cell.since)} ago)" if cell.since else str(cell.reason)
+    if cell.state == "interrupted":
+        return f"at step {cell.step} of {cell.steps}; the next run continues from this step"
+    if cell.state != "running":
         return ""
-    parts = [f"{one.where} for {elapsed(one.since)}" if one.since else str(one.where)]
-    if one.phase is not None and one.step is not None and one.steps is not None:
-        unit = "sample" if one.phase == "evaluating" else "step"
-        parts.append(f"{one.phase}, {unit} {one.step} of {one.steps}")
-        if one.rate:
-            parts.append(f"{one.rate:.3g} {unit}s/s, {duration((one.steps - one.step) / one.rate)} left")
-    if one.loss is not None:
-        parts.append(f"loss {one.loss:.4g} in epoch {one.epoch}")
-    if one.silent_seconds is not None:
-        parts.append(f"last sign of life {duration(one.silent_seconds)} ago")
+    parts = [f"{cell.where} for {elapsed(cell.since)}" if cell.since else str(cell.where)]
+    if cell.phase is not None and cell.step is not None and cell.steps is not None:
+        unit = "sample" if cell.phase == "evaluating" else "step"
+        parts.append(f"{cell.phase}, {unit} {cell.step} of {cell.steps}")
+        if cell.rate:
+            parts.append(f"{cell.rate:.3g} {unit}s/s, {duration((cell.steps - cell.step) / cell.rate)} left")
+    if cell.loss is not None:
+        parts.append(f"loss {cell.loss:.4g} in epoch {cell.epoch}")
+    if cell.silent_seconds is not None:
+        parts.append(f"last sign of life {duration(cell.silent_seconds)} ago")
     return "; ".join(parts)

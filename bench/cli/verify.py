@@ -54,7 +54,7 @@ def verify(
     if data is None and (rerun or strict):
         raise ValueError(f"{'--rerun' if rerun else '--strict'} needs the prepared datasets: --data DIR")
     if device not in ("auto", "cpu"):
-        raise ValueError(f"--device {device}: use auto or cpu")
+        raise ValueError(f"--device {device}: choose one of: auto, cpu")
     for plugin in plugins or ():
         load_plugin(plugin)
     console = Console(stderr=as_json)

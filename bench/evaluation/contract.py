@@ -1,4 +1,4 @@
-"""Does a classifier give what `bench.method.Output` promises? A head with one output too many would shift every prediction."""
+"""Check that a classifier returns what `bench.method.Output` promises. A head with an output too many would shift every prediction."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from bench.method import Classifier, Output
 
 
 class ContractError(ValueError):
-    """What a classifier or a read-out gives has another form than its contract says."""
+    """The output of a classifier breaks its contract."""
 
 
 def check_output(output: Any, classifier: Classifier, *, samples: int, num_classes: int) -> None:
-    """Compare one output with its contract.
+    """Compare an output with its contract.
 
     Args:
-        output: what the classifier gave for a batch.
-        classifier: says which layers its backbone has.
-        samples: B, pictures of the batch.
+        output: of the classifier, for a batch.
+        classifier: its backbone declares the layers.
+        samples: B, number of pictures in the batch.
         num_classes: K of the dataset.
 
     Raises:
-        ContractError: another type or shape, values that are not finite, probabilities in the place of logits.
+        ContractError: a wrong type or shape, values that are not finite, or probabilities in place of logits.
     """
     if not isinstance(output, Output):
         raise ContractError(f"its forward returns {_kind(output)}; wanted is a bench.method.Output with logits and layers")
     _check_tensor(output.logits, "logits", (samples, num_classes), meaning=f"one value for each of the dataset's {num_classes} classes")
     sums = output.logits.detach().double().sum(dim=1)
     if num_classes > 1 and bool((output.logits >= 0).all()) and bool(((sums - 1).abs() < 1e-4).all()):
-        raise ContractError("its logits are probabilities: none is negative, and each row sums to 1; leave the softmax to the loss")
+        raise ContractError("its logits are probabilities, not negative and with a sum of 1 in each row; leave the softmax to the loss")
     channels = classifier.backbone.channels
     if not isinstance(output.layers, dict) or set(output.layers) != set(channels):
         has = ", ".join(map(str, output.layers)) if isinstance(output.layers, dict) else _kind(output.layers)

@@ -1,14 +1,15 @@
-"""Does a result depend on the batch it was computed in? Looked at in every evaluation, on a few samples.
+"""Does a result depend on the batch it was computed in? Every evaluation checks it on a few samples.
 
-Accuracies that rest on the make-up of the test batches have led boards of this field (a repository's 92.05 % on RAF-DB needed batches
-sorted by label). Here a slice of the test split is computed again, one by one, in batches of 64, and shuffled in batches of an odd
-size; logits and maps must be those of the evaluation itself.
+Accuracies that depend on the composition of the test batches have led leaderboards of this field: a repository's 92.05 % on RAF-DB needed
+batches sorted by label. Here a slice of the test split is computed again, in batches of 1 and of 64, and shuffled in batches of an odd
+size. Logits and maps must be those of the evaluation.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from bench.data.batch import RawBatch
-from bench.data.transforms import eval_images
-from bench.evaluation.maps import map_ranges, min_max, read_maps
+from bench.evaluation.maps import map_ranges, min_max
+from bench.evaluation.parts import combine, convert
+from bench.evaluation.read_out import forward, grad_mode, network_input, read_out
 from bench.method import Classifier, Method
 from bench.runtime.engine import Engine
 
@@ -28,73 +30,61 @@ PASSES = {"batch_1": 1, "batch_64": 64, "shuffled": 7}
 TOLERANCE = 1e-3
 """Largest difference (see `logit_difference`, `map_difference`) that rounding may explain.
 
-Other batch sizes make other kernels sum in another order. Seen with every method on trainings of the quick profile (float32, CPU): logits
-and maps differ by up to 5e-6. More is allowed for deeper networks and accelerators, which were not measured.
+Another batch size selects other kernels, which sum in another order. With every method, on trainings of the quick profile (float32, CPU),
+logits and maps differ by up to 5e-6. The rest is a margin for deeper networks and accelerators, which were not measured.
 """
 UNLIKE = 1e9
 """Stands for a difference that is not finite: JSON has no infinity."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Looked:
-    """Some samples of the slice, as the evaluation saw them. On the CPU."""
+class SliceSamples:
+    """Some samples of the slice with their results, on the CPU.
+
+    Shapes: ``positions`` and ``labels`` (n,) int64; ``images`` (n, 3, S, S) uint8, as stored; ``logits`` (n, K); ``maps``: method ->
+    (n, h, w), raw maps of the true class.
+    """
 
     positions: Tensor
-    """(n,) int64."""
     images: Tensor
-    """(n, 3, S, S) uint8, as stored."""
     labels: Tensor
-    """(n,) int64."""
     logits: Tensor
-    """(n, K)."""
     maps: Mapping[str, Tensor]
-    """Method -> (n, h, w) raw maps of the true class."""
 
 
 class Slice:
-    """The samples to look at again, collected while the evaluation passes over them."""
+    """The samples that are computed again, collected while the evaluation passes over them."""
 
     def __init__(self, count: int) -> None:
         """``count``: samples of the split; the slice is spread evenly over their positions."""
         self._chosen = torch.linspace(0, count - 1, min(SAMPLES, count), dtype=torch.float64).round().long()
-        self.parts: list[Looked] = []
+        self.parts: list[SliceSamples] = []
 
     def keep(self, raw: RawBatch, *, logits: Tensor, maps: Mapping[str, Tensor]) -> None:
-        """Keep what belongs to the slice. ``raw`` is the batch as read, on the CPU."""
-        mine = torch.isin(raw.positions, self._chosen).nonzero().flatten()
-        if len(mine):
-            there = mine.to(logits.device)
-            self.parts.append(
-                Looked(
-                    positions=raw.positions[mine],
-                    images=raw.images[mine],
-                    labels=raw.labels[mine],
-                    logits=logits.detach()[there].cpu(),
-                    maps={name: values[there].cpu() for name, values in maps.items()},
-                )
-            )
+        """Keep the samples of a batch that belong to the slice. ``raw`` is the batch as read, on the CPU."""
+        rows = torch.isin(raw.positions, self._chosen).nonzero().flatten()
+        if len(rows):
+            batch = SliceSamples(positions=raw.positions, images=raw.images, labels=raw.labels, logits=logits.detach(), maps=maps)
+            self.parts.append(convert(batch, lambda values: values[rows.to(values.device)].cpu()))
 
-
-def join(parts: Sequence[Looked]) -> Looked:
-    """The slice from what all processes have kept, in the order of the split."""
-    order = torch.cat([part.positions for part in parts]).argsort()
-    return Looked(
-        **{name: torch.cat([getattr(part, name) for part in parts])[order] for name in ("positions", "images", "labels", "logits")},
-        maps={name: torch.cat([part.maps[name] for part in parts])[order] for name in parts[0].maps},
-    )
+    @staticmethod
+    def join(parts: Sequence[SliceSamples]) -> SliceSamples:
+        """The slice from its parts, in the order of the split."""
+        order = torch.cat([part.positions for part in parts]).argsort()
+        return combine(parts, lambda tensors: torch.cat(list(tensors))[order])
 
 
 def check_invariance(
-    classifier: Classifier, methods: Mapping[str, Method], seen: Looked, *, size: int, batch_size: int, engine: Engine
+    classifier: Classifier, methods: Mapping[str, Method], samples: SliceSamples, *, size: int, batch_size: int, engine: Engine
 ) -> dict[str, dict[str, Any]]:
     """Compute a slice again in other batches, and compare. In one process.
 
     Args:
-        classifier: that of the evaluation, as it was there.
+        classifier: that of the evaluation, in the same state.
         methods: name -> read-out.
-        seen: the slice, as the evaluation saw it.
+        samples: the slice with the results of the evaluation.
         size: side of the network's input.
-        batch_size: of the evaluation. Where the device's memory is too small for 64 pictures, this is known to fit.
+        batch_size: of the evaluation. It is used where the device's memory is too small for 64 pictures.
         engine: device, and whether to stop.
 
     Returns:
@@ -105,25 +95,26 @@ def check_invariance(
     """
     logits: dict[str, float] = {}
     maps: dict[str, dict[str, float]] = {name: {} for name in methods}
+    compute = functools.partial(_compute, classifier, methods, samples, size=size, engine=engine)
     for name, count in PASSES.items():
-        order = torch.arange(len(seen.positions))
+        order = torch.arange(len(samples.positions))
         if name == "shuffled":
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(0))
         try:
-            again = _compute(classifier, methods, seen, order=order, batch_size=count, size=size, engine=engine)
+            again = compute(order, batch_size=count)
         except torch.OutOfMemoryError:
-            again = None  # the error is gone, and with it what its frames held, when this is tried with less
+            again = None  # outside of this block the error is gone, and with it the memory that its frames hold
         except Exception as error:
             error.add_note(f"in the invariance check, in batches of {count}")
             raise
         if again is None:
-            again = _compute(classifier, methods, seen, order=order, batch_size=min(count, batch_size), size=size, engine=engine)
-        logits[name] = logit_difference(again.logits, seen.logits)
+            again = compute(order, batch_size=min(count, batch_size))
+        logits[name] = logit_difference(again.logits, samples.logits)
         for method, values in again.maps.items():
-            maps[method][name] = map_difference(values, seen.maps[method])
+            maps[method][name] = map_difference(values, samples.maps[method])
     return {
         method: {
-            "samples": len(seen.positions),
+            "samples": len(samples.positions),
             "tolerance": TOLERANCE,
             "logits": logits,
             "maps": maps[method],
@@ -135,62 +126,57 @@ def check_invariance(
 
 def logit_difference(logits: Tensor, reference: Tensor) -> float:
     """Largest absolute difference of two (n, K), over the standard deviation of the reference's values."""
-    return _number((logits - reference).double().abs().max(), over=reference.double().std(correction=0))
+    difference, spread = (logits - reference).double().abs().max(), reference.double().std(correction=0)
+    return _finite(difference / spread if spread or difference else 0.0)
 
 
 def map_difference(maps: Tensor, reference: Tensor) -> float:
-    """How unlike two sets of raw maps (n, h, w) are: the larger of two numbers.
+    """How much two sets of raw maps (n, h, w) differ: the larger of two numbers.
 
-    - The worst distance but one of two maps, min-max scaled as they are for every figure: the norm of their difference over the larger
-      norm. One map may differ as it will: a read-out that follows the larger of two values down the network (PRM) takes another way where
-      rounding decides. Seen in 18 of 7,700 of its maps, by up to 8e-3; in all others by less than 3e-6.
-    - The median change of a map's range (max - min), over the larger range. No figure depends on the range, but one that follows the
-      batch tells of a read-out that looks at other samples. The median, because a read-out may divide by a number near zero
-      (Ablation-CAM by the logit): there the range of a single map is one of rounding.
+    - The second largest distance of two maps, each min-max scaled as for every figure: the norm of their difference over the larger
+      norm. The largest is left out, because a read-out that follows the larger of two values down the network (PRM) takes another way
+      where rounding decides. Seen in 18 of 7,700 of its maps, by up to 8e-3; in all the rest by less than 3e-6.
+    - The median change of a map's range (max - min), over the larger range. No figure depends on the range, but a range that changes
+      with the batch shows that the read-out looks at other samples. The median, because a read-out may divide by a number near zero
+      (Ablation-CAM by the logit): then rounding decides the range of a single map.
     """
-    ours, theirs = (min_max(values.double()).flatten(1) for values in (maps, reference))
-    shapes = _relative((ours - theirs).norm(dim=1), ours.norm(dim=1), theirs.norm(dim=1))
-    shape = shapes.kthvalue(max(len(shapes) - 1, 1)).values
-    # A map with NaN is compared as what it counts as, zeros.
-    ranges, known = (map_ranges(values).double().nan_to_num(nan=0.0) for values in (maps, reference))
-    spread = _relative((ranges - known).abs(), ranges, known).median()
-    return max(_number(shape), _number(spread))
+    scaled, known = (min_max(values.double()).flatten(1) for values in (maps, reference))
+    distances = _relative((scaled - known).norm(dim=1), scaled.norm(dim=1), known.norm(dim=1))
+    distance = distances.kthvalue(max(len(distances) - 1, 1)).values
+    # A map with NaN counts as zeros in every figure, and so it does here.
+    ranges, known_ranges = (map_ranges(values).double().nan_to_num(nan=0.0) for values in (maps, reference))
+    change = _relative((ranges - known_ranges).abs(), ranges, known_ranges).median()
+    return max(_finite(distance), _finite(change))
 
 
-def _relative(difference: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
-    """Over the larger of the two; 0 where both are 0."""
-    scale = torch.maximum(ours, theirs)
+def _relative(difference: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Difference over the larger of the two; 0 where both are 0."""
+    scale = torch.maximum(first, second)
     return difference / scale.masked_fill(scale == 0, 1)
 
 
-def _number(value: Tensor, *, over: Tensor | None = None) -> float:
-    ratio = float(value) if over is None else float(value / over) if float(over) or float(value) else 0.0
-    return ratio if ratio < UNLIKE else UNLIKE  # also where it is no number
+def _finite(value: Tensor | float) -> float:
+    return float(value) if value < UNLIKE else UNLIKE  # NaN too
 
 
 def _compute(
-    classifier: Classifier, methods: Mapping[str, Method], seen: Looked, *, order: Tensor, batch_size: int, size: int, engine: Engine
-) -> Looked:
-    """The slice, computed in ``order`` and put back into its own."""
-    graph = any(method.needs_grad for method in methods.values())
+    classifier: Classifier,
+    methods: Mapping[str, Method],
+    samples: SliceSamples,
+    order: Tensor,
+    *,
+    batch_size: int,
+    size: int,
+    engine: Engine,
+) -> SliceSamples:
+    """The slice, computed again in the given order of its samples and returned in the order of the split."""
     parts = []
-    with contextlib.nullcontext() if graph else torch.inference_mode():
+    with grad_mode(methods.values()):
         for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
             engine.stop.check()
-            stored = seen.images[chosen].to(engine.device)
-            images = eval_images(stored, size=size, mean=classifier.backbone.mean, std=classifier.backbone.std)
-            labels = seen.labels[chosen].to(engine.device)
-            output = classifier(images)
-            output.images = images
-            maps = {name: read_maps(method, classifier, output, labels).cpu() for name, method in methods.items()}
-            parts.append(
-                Looked(
-                    positions=seen.positions[chosen],
-                    images=seen.images[chosen],
-                    labels=seen.labels[chosen],
-                    logits=output.logits.detach().cpu(),
-                    maps=maps,
-                )
-            )
-    return join(parts)
+            batch = convert(dataclasses.replace(samples, maps={}), operator.itemgetter(order[start : start + batch_size]))
+            labels = batch.labels.to(engine.device)
+            output = forward(classifier, network_input(classifier, batch.images.to(engine.device), size=size))
+            maps = {name: read_out(method, classifier, output, labels).cpu() for name, method in methods.items()}
+            parts.append(dataclasses.replace(batch, logits=output.logits.detach().cpu(), maps=maps))
+    return Slice.join(parts)

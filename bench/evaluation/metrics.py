@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ def compute_metrics(rows: Rows, *, classes: Sequence[str], expressive: Sequence[
     Returns:
         ``cl``: ``accuracy``, ``class_mean``, ``samples``, ``per_class``, ``confusion`` (row = true class);
         ``cam_cos``: ``true`` and ``predicted``, see `_cosine_summary`; ``att_cos``: layer -> the same;
-        where the rows know the ranges of the maps, ``maps``: ``true`` and ``predicted``, see `_map_counts`;
-        where there are optional measures, ``measures``: column -> see `_measure_summary`.
+        ``maps``, where the rows have the ranges of the maps: ``true`` and ``predicted``, see `_map_counts`;
+        ``measures``, where the rows have optional measures: column -> see `_class_means`.
     """
     metrics = {
         "cl": _accuracy(rows.labels, rows.predicted, classes),
@@ -36,10 +36,13 @@ def compute_metrics(rows: Rows, *, classes: Sequence[str], expressive: Sequence[
         },
     }
     ranges = {"true": rows.map_ranges_true, "predicted": rows.map_ranges_predicted}
-    if any(values is not None for values in ranges.values()):
-        metrics["maps"] = {name: _map_counts(values) for name, values in ranges.items() if values is not None}
+    if counts := {name: _map_counts(values) for name, values in ranges.items() if values is not None}:
+        metrics["maps"] = counts
     if rows.measures:
-        metrics["measures"] = {name: _measure_summary(values, rows.labels, classes) for name, values in rows.measures.items()}
+        every_class = dict(enumerate(classes))
+        metrics["measures"] = {
+            name: _class_means(values, rows.labels, every_class, counted=~np.isnan(values)) for name, values in rows.measures.items()
+        }
     return metrics
 
 
@@ -62,47 +65,28 @@ def _accuracy(labels: Ints, predicted: Ints, classes: Sequence[str]) -> dict[str
 
 
 def _cosine_summary(values: Floats, rows: Rows, classes: Sequence[str], expressive: Sequence[bool]) -> dict[str, Any]:
-    """Mean per class over samples with an AU map, then the plain mean over the expressions that have any.
+    """Mean per expression over samples with an AU map, then the plain mean over the expressions.
 
-    An expression without a single such sample is left out of ``macro`` and listed in ``missing_classes`` (the published
-    code averages a -1 in). ``without_map`` counts samples of expressions whose face gave no AU map.
+    An expression without such a sample is left out of ``macro`` and listed in ``missing_classes``; the published code averages
+    a -1 in. ``without_map`` counts samples of expressions whose face gave no AU map.
     """
-    per_class: dict[str, Any] = {}
-    means: list[float] = []
-    missing: list[str] = []
-    without = 0
-    for label, name in enumerate(classes):
-        if not expressive[label]:
-            continue
-        mine: npt.NDArray[np.bool_] = rows.labels == label
-        counted = values[mine & rows.au_valid].astype(np.float64)
-        without += int((mine & ~rows.au_valid).sum())
-        mean = float(counted.mean()) if len(counted) else None
-        per_class[name] = {"samples": len(counted), "mean": mean}
-        if mean is None:
-            missing.append(name)
-        else:
-            means.append(mean)
+    expressions = {label: name for label, name in enumerate(classes) if expressive[label]}
+    summary = _class_means(values, rows.labels, expressions, counted=rows.au_valid)
     return {
-        "macro": float(np.mean(means)) if means else None,
-        "samples": sum(entry["samples"] for entry in per_class.values()),
-        "without_map": without,
-        "missing_classes": missing,
-        "per_class": per_class,
+        "macro": summary["macro"],
+        "samples": summary["samples"],
+        "without_map": int((np.isin(rows.labels, list(expressions)) & ~rows.au_valid).sum()),
+        "missing_classes": [name for name, entry in summary["per_class"].items() if entry["mean"] is None],
+        "per_class": summary["per_class"],
     }
 
 
-def _map_counts(ranges: Floats) -> dict[str, int]:
-    """Maps that show no place: those of one value throughout, and those with NaN or infinite values. All of them count as zeros."""
-    return {"samples": len(ranges), "constant": int((ranges == 0).sum()), "not_finite": int(np.isnan(ranges).sum())}
-
-
-def _measure_summary(values: Floats, labels: Ints, classes: Sequence[str]) -> dict[str, Any]:
-    """Mean per class over the samples that count (those not NaN), then the plain mean over the classes that have any."""
+def _class_means(values: Floats, labels: Ints, classes: Mapping[int, str], *, counted: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """Mean of each class (label -> name) over the samples counted, then the plain mean over the classes that have any."""
     per_class: dict[str, Any] = {}
-    for label, name in enumerate(classes):
-        counted = values[(labels == label) & ~np.isnan(values)].astype(np.float64)
-        per_class[name] = {"samples": len(counted), "mean": float(counted.mean()) if len(counted) else None}
+    for label, name in classes.items():
+        chosen = values[counted & (labels == label)].astype(np.float64)
+        per_class[name] = {"samples": len(chosen), "mean": float(chosen.mean()) if len(chosen) else None}
     means = [entry["mean"] for entry in per_class.values() if entry["mean"] is not None]
     return {
         "macro": float(np.mean(means)) if means else None,
@@ -111,7 +95,12 @@ def _measure_summary(values: Floats, labels: Ints, classes: Sequence[str]) -> di
     }
 
 
+def _map_counts(ranges: Floats) -> dict[str, int]:
+    """Maps that show no place: constant ones, and those with NaN or infinite values. All of them count as zeros."""
+    return {"samples": len(ranges), "constant": int((ranges == 0).sum()), "not_finite": int(np.isnan(ranges).sum())}
+
+
 def macro(values: npt.NDArray[np.floating], labels: npt.NDArray[np.int64], *, counted: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    """(M,) mean over classes of the class means of (M, N) as the tables show it; NaN where no sample counts."""
+    """Mean over classes of the class means of M figures of N samples: (M, N) -> (M,); NaN if no sample counts."""
     means = [values[:, counted & (labels == label)].mean(axis=1, dtype=np.float64) for label in np.unique(labels[counted])]
     return np.asarray(np.mean(means, axis=0) if means else np.full(len(values), np.nan), dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Per-sample rows of an evaluation: what every metric is computed from, stored as Parquet beside each record."""
+"""Per-sample rows of an evaluation. Every metric is computed from them. They are stored as Parquet beside each record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.io import atomic_file
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-_MEASURE = "measure_"
+_ATTENTION, _MEASURE = "attention_cosine_", "measure_"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +38,8 @@ class Rows:
     map_cosines_predicted: Floats
     """Cosine of the map of the predicted class with the AU map of the true one."""
     map_ranges_true: Floats | None = None
-    """Largest minus smallest value of the raw map of the true class: 0 for a constant map, NaN for one that holds NaN or infinite values.
-    None in rows written before it was kept."""
+    """Largest minus smallest value of the raw map of the true class: 0 for a constant map, NaN for a map with NaN or infinite values.
+    None in rows of older versions."""
     map_ranges_predicted: Floats | None = None
     measures: Mapping[str, Floats] = dataclasses.field(default_factory=dict)
     """Column of an optional measure -> (N,), NaN where a sample does not count; see `bench.evaluation.measures`."""
@@ -63,7 +63,7 @@ def write_rows(path: Path, rows: Rows) -> None:
         "map_cosine_predicted": rows.map_cosines_predicted,
         **({} if rows.map_ranges_true is None else {"map_range_true": rows.map_ranges_true}),
         **({} if rows.map_ranges_predicted is None else {"map_range_predicted": rows.map_ranges_predicted}),
-        **{f"attention_cosine_{layer}": values for layer, values in sorted(rows.attention_cosines.items())},
+        **{f"{_ATTENTION}{layer}": values for layer, values in sorted(rows.attention_cosines.items())},
         **{f"{_MEASURE}{name}": values for name, values in rows.measures.items()},
     }
     with atomic_file(path) as file:
@@ -77,33 +77,36 @@ def read_rows(path: Path) -> Rows:
         ValueError: the file is damaged or has other columns.
     """
     try:
-        with path.open("rb") as file:  # given a path, pyarrow takes one with a colon for an address
+        with path.open("rb") as file:  # given a path, pyarrow takes a name with a colon for an address
             table = pq.read_table(file)
-        prefix = "attention_cosine_"
+        columns = {name: table[name].to_numpy() for name in table.column_names if name not in ("key", "logits")}
         logits = table["logits"].combine_chunks()
         return Rows(
             keys=table["key"].to_pylist(),
-            labels=table["label"].to_numpy(),
-            # Rows written before people were known by number have no such column.
-            people=table["person"].to_numpy() if "person" in table.column_names else np.full(len(table), -1),
+            labels=columns["label"],
+            people=columns.get("person", np.full(len(table), -1)),  # older rows have no such column
             logits=logits.flatten().to_numpy().reshape(len(logits), -1),
-            au_valid=table["au_valid"].to_numpy(),
-            attention_cosines={int(c.removeprefix(prefix)): table[c].to_numpy() for c in table.column_names if c.startswith(prefix)},
-            map_cosines_true=table["map_cosine_true"].to_numpy(),
-            map_cosines_predicted=table["map_cosine_predicted"].to_numpy(),
-            map_ranges_true=table["map_range_true"].to_numpy() if "map_range_true" in table.column_names else None,
-            map_ranges_predicted=table["map_range_predicted"].to_numpy() if "map_range_predicted" in table.column_names else None,
-            measures={c.removeprefix(_MEASURE): table[c].to_numpy() for c in table.column_names if c.startswith(_MEASURE)},
+            au_valid=columns["au_valid"],
+            attention_cosines={int(layer): values for layer, values in _with_prefix(columns, _ATTENTION).items()},
+            map_cosines_true=columns["map_cosine_true"],
+            map_cosines_predicted=columns["map_cosine_predicted"],
+            map_ranges_true=columns.get("map_range_true"),
+            map_ranges_predicted=columns.get("map_range_predicted"),
+            measures=_with_prefix(columns, _MEASURE),
         )
     except (pa.ArrowException, KeyError) as error:
         raise ValueError(f"{path} is not a file of rows: {error}") from error
 
 
+def _with_prefix(columns: Mapping[str, npt.NDArray[Any]], prefix: str) -> dict[str, npt.NDArray[Any]]:
+    return {name.removeprefix(prefix): values for name, values in columns.items() if name.startswith(prefix)}
+
+
 def read_columns(path: Path, columns: Sequence[str]) -> Mapping[str, npt.NDArray[Any]]:
-    """Some columns of a file of rows: tables are made from many files, of which they need little.
+    """Read some columns of a file of rows: tables need little of many files.
 
     Raises:
-        ValueError: the file is damaged, or a column is missing (``person`` is -1 throughout in rows written before it was known).
+        ValueError: the file is damaged, or a column is missing (in older rows without the column ``person``, all values are -1).
     """
     try:
         with path.open("rb") as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
@@ -111,7 +114,7 @@ def read_columns(path: Path, columns: Sequence[str]) -> Mapping[str, npt.NDArray
             table = parquet.read(columns=[name for name in columns if name in names], use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a file of rows: {error}") from error
-    lacking = [name for name in columns if name not in names and name != "person"]
-    if lacking:
-        raise ValueError(f"{path} has no column {lacking[0]!r}; it has {', '.join(names)}")
+    missing = [name for name in columns if name not in names and name != "person"]
+    if missing:
+        raise ValueError(f"{path} has no column {missing[0]!r}; it has {', '.join(names)}")
     return {name: table[name].to_numpy() if name in names else np.full(len(table), -1) for name in columns}

@@ -1,9 +1,9 @@
-"""What is known about a figure, and whether two figures differ by more than chance.
+"""Intervals of figures, and tests whether two figures differ by more than chance.
 
-Two kinds of chance are kept apart. *Sampling*: another test split would give other figures; Wilson intervals, the bootstrap and
-McNemar's test are about this, for the trained networks at hand. *Training*: another seed would give another network; the standard
-deviation and the t interval over seeds are about this. A difference between methods counts as one only if it stands against both,
-as far as there are seeds to tell.
+There are two kinds of chance. *Sampling*: another test split would give other figures. Wilson intervals, the bootstrap and McNemar's test
+cover it, for the trained networks at hand. *Training*: another seed would give another network. The standard deviation and the t interval
+over seeds cover it. Two methods count as different only if the tests of both kinds find a difference; with one seed, training is not
+tested.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Doubles = npt.NDArray[np.float64]
 LEVEL = 0.95
 """Confidence of all intervals; tests are at 1 - LEVEL."""
 REPLICATES = 1000
-"""Bootstrap replicates. They estimate standard errors and 95 % percentiles; p values come from the standard error, not from counting."""
+"""Bootstrap replicates. They give standard errors and 95 % percentiles. p values come from the standard error, not from counting."""
 
 
 class Interval(NamedTuple):
@@ -31,112 +31,112 @@ class Interval(NamedTuple):
     high: float
 
 
-def t_interval(values: Sequence[float], *, level: float = LEVEL) -> Interval | None:
-    """Student's interval of the mean over seeds, standard deviation with ddof = 1; None for fewer than two values."""
+def t_interval(values: Sequence[float]) -> Interval | None:
+    """Student's interval of the mean over seeds: mean -+ t * s / sqrt(n), s with ddof = 1. None for fewer than two values."""
     n = len(values)
     if n < 2:
         return None
-    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n)
-    reach = float(stats.t.ppf(0.5 + level / 2, n - 1)) * error
+    mean = float(np.mean(values))
+    reach = t_reach(float(np.std(values, ddof=1)) / math.sqrt(n), degrees=n - 1)
     return Interval(mean - reach, mean + reach)
 
 
-def wilson_interval(successes: int, n: int, *, level: float = LEVEL) -> Interval:
-    """Interval of a proportion (E. B. Wilson, JASA 1927).
+def wilson_interval(successes: int, n: int) -> Interval:
+    """Score interval of a proportion (E. B. Wilson, JASA 1927).
 
     Raises:
         ValueError: no trial, or more successes than trials.
     """
     if not 0 <= successes <= n or n == 0:
-        raise ValueError(f"{successes} successes of {n} trials")
-    # Written out: scipy gives this interval only beside an exact test, which takes a hundred times as long.
-    z, share = float(stats.norm.ppf(0.5 + level / 2)), successes / n
+        raise ValueError(f"{successes} successes of {n} trials; a proportion needs 0 <= successes <= trials, and a trial")
+    # scipy gives this interval only with an exact test, which takes a hundred times as long.
+    z, share = float(stats.norm.ppf(0.5 + LEVEL / 2)), successes / n
     centre, reach = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return Interval(max(0.0, (centre - reach) / (1 + z**2 / n)), min(1.0, (centre + reach) / (1 + z**2 / n)))
 
 
-def mcnemar(only_one: npt.ArrayLike, only_other: npt.ArrayLike) -> Doubles:
+def mcnemar(only_first: npt.ArrayLike, only_second: npt.ArrayLike) -> Doubles:
     """Exact two-sided p values of McNemar's test (Q. McNemar, Psychometrika 1947): are two classifiers right equally often?
 
     Args:
-        only_one: samples on which only the first is right; any shape.
-        only_other: samples on which only the second is.
+        only_first: number of samples on which only the first classifier is right; any shape.
+        only_second: number of samples on which only the second is right.
 
     Returns:
-        p of the same shape; 1 where they never differ.
+        p of the same shape; 1 where the classifiers never differ.
     """
-    one, other = np.asarray(only_one), np.asarray(only_other)
-    return np.asarray(np.minimum(1.0, 2 * stats.binom.cdf(np.minimum(one, other), one + other, 0.5)), dtype=np.float64)
+    first, second = np.asarray(only_first), np.asarray(only_second)
+    return np.asarray(np.minimum(1.0, 2 * stats.binom.cdf(np.minimum(first, second), first + second, 0.5)), dtype=np.float64)
 
 
 def clustered_mcnemar(differences: npt.ArrayLike) -> float:
-    """Exact two-sided p value of `mcnemar`'s question where only clusters of samples, the pictures of a person, are independent.
+    """Exact two-sided p value of `mcnemar`'s question where samples come in independent clusters, such as the pictures of a person.
 
-    Were the classifiers equally good, they could be exchanged in each cluster, so that its difference might as well have the other sign:
-    Fisher's exact test of paired differences (The Design of Experiments, 1935, ch. 3), here with all signs, counted by convolution. Where
-    every cluster is one sample it is McNemar's test.
+    If the classifiers are equally good, each cluster's difference has either sign with equal probability. This is Fisher's exact test
+    of paired differences (The Design of Experiments, 1935, ch. 3) over all signs, counted by convolution. With clusters of one sample it
+    is McNemar's test.
 
     Args:
-        differences: (K,) whole numbers: samples of a cluster on which only the first is right, less those on which only the second is.
+        differences: (K,) whole numbers. For each cluster: samples on which only the first classifier is right, minus samples on which
+            only the second is right.
 
     Returns:
-        p; 1 where they never differ.
+        p; 1 where the classifiers never differ.
     """
-    found = np.rint(differences).astype(np.int64)
-    sizes, counts = np.unique(np.abs(found[found != 0]), return_counts=True)
-    distribution = np.ones(1)  # of the sum of those with a plus, where every sign is a fair coin's
+    whole = np.rint(differences).astype(np.int64)
+    sizes, counts = np.unique(np.abs(whole[whole != 0]), return_counts=True)
+    distribution = np.ones(1)  # of the sum of the differences with a positive sign
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
-        one_size = np.zeros(size * count + 1)
-        one_size[::size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
-        distribution = np.convolve(distribution, one_size)
-    plus = (np.abs(found).sum() + abs(found.sum())) // 2
-    return min(1.0, 2 * float(distribution[plus:].sum()))
+        of_size = np.zeros(size * count + 1)
+        of_size[::size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        distribution = np.convolve(distribution, of_size)
+    positive = (np.abs(whole).sum() + abs(whole.sum())) // 2
+    return min(1.0, 2 * float(distribution[positive:].sum()))
 
 
-def smallest_gap(samples: int, discordant: float, *, alpha: float = 1 - LEVEL) -> float:
-    """The smallest difference in accuracy that McNemar's exact test can call one, as a share of ``samples``.
+def smallest_gap(samples: int, discordant: float) -> float:
+    """The smallest difference in accuracy that is significant in McNemar's exact test, uncorrected.
 
     Args:
-        samples: of the test split.
-        discordant: share of them on which two classifiers differ in being right.
-        alpha: level of the test, uncorrected.
+        samples: number of samples in the test split.
+        discordant: share of the samples on which exactly one of two classifiers is right.
 
     Returns:
-        A share between 0 and 1; 1 where even the largest possible difference would not do.
+        A share of ``samples``; 1 if even the largest possible difference is not significant.
     """
     pairs = round(samples * discordant)
     gaps = np.arange(pairs % 2, pairs + 1, 2)
-    enough = gaps[mcnemar((pairs + gaps) // 2, (pairs - gaps) // 2) < alpha]
+    enough = gaps[mcnemar((pairs + gaps) // 2, (pairs - gaps) // 2) < 1 - LEVEL]
     return float(enough[0]) / samples if len(enough) else 1.0
 
 
 class Bootstrap:
-    """Replicates of a test split, drawn once and used for every figure on it, so that differences are paired.
+    """Replicates of a test split. All figures on the split use the same draws, so that differences are paired.
 
-    Whole people are drawn where identities are known (B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993, ch. 8): pictures of
-    one person are not independent.
+    Where identities are known, whole people are drawn, because pictures of a person are not independent (B. Efron, R. Tibshirani, An
+    Introduction to the Bootstrap, 1993, ch. 8).
     """
 
-    def __init__(self, clusters: Sequence[str | None], *, replicates: int = REPLICATES, seed: int = 0) -> None:
+    def __init__(self, clusters: Sequence[str | None], *, replicates: int = REPLICATES) -> None:
         """Draw the replicates.
 
         Args:
-            clusters: for each sample who is shown, None = unknown, a cluster of its own.
-            replicates: how many.
-            seed: of the draw.
+            clusters: person shown in each sample; None: unknown, so that the sample is a cluster of its own.
+            replicates: number of replicates.
         """
-        names: dict[tuple[bool, Any], int] = {}
-        self._of = np.array([names.setdefault((who is None, i if who is None else who), len(names)) for i, who in enumerate(clusters)])
-        self.clusters = len(names)
-        """Independent units that are drawn."""
-        rng = np.random.default_rng(seed)
+        numbers: dict[tuple[bool, Any], int] = {}
+        people = enumerate(clusters)
+        self._of = np.array([numbers.setdefault((name is None, i if name is None else name), len(numbers)) for i, name in people])
+        self.clusters = len(numbers)
+        """Number of independent units."""
+        rng = np.random.default_rng(0)
         self._draws = np.empty((replicates, self.clusters), np.float32)
-        """How often each cluster is in each replicate."""
+        """(replicates, clusters): how often each cluster is in each replicate."""
         for row in self._draws:
             row[:] = np.bincount(rng.integers(0, self.clusters, self.clusters), minlength=self.clusters)
 
     def units(self, counted: npt.NDArray[np.bool_]) -> int:
-        """Independent units among the samples that count: clusters with at least one of them."""
+        """Number of clusters with at least one sample that counts."""
         return len(np.unique(self._of[counted]))
 
     def sums(self, values: npt.NDArray[Any]) -> Doubles:
@@ -152,37 +152,37 @@ class Bootstrap:
             counted: (N,) samples that count.
 
         Returns:
-            (M, replicates). A class that a replicate does not have is left out of its mean; NaN where it has none at all.
+            (M, replicates). A class without samples in a replicate is left out of its mean; NaN if no class has samples.
         """
         values = np.atleast_2d(values)
         classes = np.unique(labels[counted])
         total = np.zeros((len(values), len(self._draws)))
         present = np.zeros(len(self._draws))
         for label in classes:
-            mine = np.flatnonzero(counted & (labels == label))
-            used, place = np.unique(self._of[mine], return_inverse=True)
-            gather = sparse.csr_array((np.ones(len(mine), np.float32), (place, np.arange(len(mine)))))
-            sums = gather @ np.column_stack([values[:, mine].T, np.ones(len(mine))]).astype(np.float32)
+            members = np.flatnonzero(counted & (labels == label))
+            used, place = np.unique(self._of[members], return_inverse=True)
+            gather = sparse.csr_array((np.ones(len(members), np.float32), (place, np.arange(len(members)))))
+            sums = gather @ np.column_stack([values[:, members].T, np.ones(len(members))]).astype(np.float32)
             drawn = (self._draws[:, used] @ sums).astype(np.float64)
-            there = drawn[:, -1] > 0
-            present += there
-            total += np.where(there, drawn[:, :-1].T / np.where(there, drawn[:, -1], 1), 0)
+            nonempty = drawn[:, -1] > 0
+            present += nonempty
+            total += np.where(nonempty, drawn[:, :-1].T / np.where(nonempty, drawn[:, -1], 1), 0)
         return np.where(present > 0, total / np.where(present > 0, present, 1), np.nan)
 
 
-def percentile_interval(replicates: Doubles, *, level: float = LEVEL) -> Interval:
-    """Percentile interval of (R,) bootstrap replicates, NaN left out."""
-    low, high = np.nanquantile(replicates, [0.5 - level / 2, 0.5 + level / 2])
+def percentile_interval(replicates: Doubles) -> Interval:
+    """Percentile interval of (R,) bootstrap replicates without NaN (Efron, Tibshirani, 1993, ch. 13)."""
+    low, high = np.nanquantile(replicates, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
     return Interval(float(low), float(high))
 
 
 def bootstrap_p(differences: npt.ArrayLike, errors: npt.ArrayLike, *, clusters: int) -> Doubles:
-    """Two-sided p values of differences being zero: Student's t with the bootstrap's standard error.
+    """Two-sided p values of differences of zero: Student's t, difference / error, with the bootstrap's standard error.
 
     Args:
         differences: (P,) observed.
         errors: (P,) standard deviation (ddof = 1) of the bootstrap replicates of each difference, paired.
-        clusters: independent units; clusters - 1 are the degrees of freedom.
+        clusters: number of independent units; the degrees of freedom are clusters - 1.
 
     Returns:
         (P,).
@@ -190,16 +190,16 @@ def bootstrap_p(differences: npt.ArrayLike, errors: npt.ArrayLike, *, clusters: 
     return _t_test(np.asarray(differences, np.float64), np.asarray(errors, np.float64), degrees=clusters - 1)
 
 
-def t_reach(error: float, *, degrees: int, level: float = LEVEL) -> float:
-    """Half the width of Student's interval of a figure with this standard error; infinite without a degree of freedom."""
-    return float(stats.t.ppf(0.5 + level / 2, degrees)) * error if degrees > 0 else math.inf
+def t_reach(error: float, *, degrees: int) -> float:
+    """Half the width of Student's interval, t * error, of a figure with this standard error; infinite with no degree of freedom."""
+    return float(stats.t.ppf(0.5 + LEVEL / 2, degrees)) * error if degrees > 0 else math.inf
 
 
 def seeds_p(differences: npt.ArrayLike) -> Doubles:
-    """Two-sided p values of a mean difference of zero over seeds, each seed paired.
+    """Two-sided p values of a mean difference of zero over seeds: the paired t test, mean / (s / sqrt(S)).
 
     Args:
-        differences: (P, S) of each pair of rows at each seed, S at least 2.
+        differences: (P, S) of P pairs of rows at S seeds, S at least 2.
 
     Returns:
         (P,).
@@ -209,29 +209,30 @@ def seeds_p(differences: npt.ArrayLike) -> Doubles:
     return _t_test(values.mean(axis=1), error, degrees=values.shape[1] - 1)
 
 
-def table_seeds_p(figures: npt.ArrayLike, ones: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> Doubles:
-    """Two-sided p values of a mean difference of zero over seeds, for pairs of rows of one table.
+def table_seeds_p(figures: npt.ArrayLike, first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> Doubles:
+    """Two-sided p values of a mean difference of zero over seeds, for pairs of rows of a table.
 
-    The few seeds of a pair say little about how far training scatters: with three, its t distribution has two degrees of freedom, and
-    corrected for a table's comparisons it tells nothing apart. All rows of the table together say more. So two tests are made: the paired
-    t test of `seeds_p`, and one with the variance of the two-way layout of rows and seeds, or the pair's own where that is larger. Its
-    degrees of freedom are those of Greenhouse and Geisser (Psychometrika 1959): few where some rows scatter more than others, or
-    rise and fall together as read-outs of one training do. The smaller p counts, doubled (Bonferroni).
+    The few seeds of a pair tell little about the variance between trainings. With three seeds, the t distribution has two degrees of
+    freedom, and after correction for a table's comparisons no difference is significant. All rows of the table together tell more.
+    So there are two tests: the paired t test of `seeds_p`, and a t test with the variance of the two-way layout of rows and seeds, or the
+    pair's own variance where that is larger. The degrees of freedom of the second are those of Greenhouse and Geisser (Psychometrika
+    1959). They are few where some rows vary more than the rest, or where rows rise and fall together, as read-outs of a training do.
+    The result is the smaller p, doubled (Bonferroni).
 
     Args:
         figures: (R, S), R rows at the same S seeds, S at least 2.
-        ones: (P,) one row of each pair.
-        others: (P,) the other.
+        first: (P,) row number of the first row of each pair.
+        second: (P,) row number of the second.
 
     Returns:
-        (P,). Of two rows: that of `seeds_p`, as there are no others to learn from.
+        (P,). For a table of two rows: `seeds_p`, because there are no further rows to estimate the variance from.
     """
     values = np.asarray(figures, np.float64)
-    differences = values[ones] - values[others]
+    differences = values[first] - values[second]
     alone = seeds_p(differences)
     rows, seeds = values.shape
     residuals = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
-    products = residuals.T @ residuals  # (S, S): has the traces of the rows' covariance and of its square
+    products = residuals.T @ residuals  # (S, S); it and its square have the traces of the rows' (R, R) matrix and its square
     if rows < 3 or not products.any():
         return alone
     scatter = float(products.trace())
@@ -243,7 +244,10 @@ def table_seeds_p(figures: npt.ArrayLike, ones: npt.NDArray[np.int64], others: n
 
 
 def _t_test(differences: Doubles, errors: Doubles, *, degrees: float) -> Doubles:
-    # Without spread there is nothing to judge by: equal, or different by the same amount each time.
+    """Two-sided p values (P,) of Student's t, |difference| / error; 1 with less than one degree of freedom.
+
+    An error of zero gives no t: p is 1 where the difference is zero too, and else 0.
+    """
     flat = errors <= 1e-12 * np.abs(differences)  # covers 0 <= 0
     if degrees < 1:
         return np.ones_like(differences)
@@ -253,7 +257,10 @@ def _t_test(differences: Doubles, errors: Doubles, *, degrees: float) -> Doubles
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values that hold together (S. Holm, Scandinavian Journal of Statistics 1979), in the order given."""
+    """P values adjusted for all comparisons (S. Holm, Scandinavian Journal of Statistics 1979), in the order given.
+
+    The k-th smallest of m values is multiplied by m - k + 1, and is at least as large as the one before it.
+    """
     order = np.argsort(p_values, kind="stable")
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):
@@ -267,28 +274,27 @@ class Ranking:
     """Average ranks over datasets."""
 
     ranks: tuple[float, ...]
-    """1 = best, in the order of the methods; ties share their mean rank."""
+    """In the order of the methods, 1 = best; ties share their mean rank."""
     critical_difference: float
-    """Average ranks that are closer than this are not told apart (Nemenyi)."""
+    """Average ranks that are closer than this do not differ significantly (Nemenyi)."""
     friedman_p: float | None
-    """Of all methods being equal; None for fewer than three methods or two datasets."""
+    """p value of all methods being equal (Friedman); None for fewer than three methods or two datasets."""
 
 
-def rank_methods(figures: Doubles, *, alpha: float = 1 - LEVEL) -> Ranking:
-    """Average ranks and their critical difference (J. Demsar, JMLR 2006, eq. for CD in section 3.2.2).
+def rank_methods(figures: Doubles) -> Ranking:
+    """Average ranks, and their critical difference q * sqrt(k * (k + 1) / (6 * N)) for k methods, N datasets (J. Demsar, JMLR 2006, 3.2.2).
 
     Args:
         figures: (datasets, methods), higher is better.
-        alpha: level.
 
     Raises:
-        ValueError: fewer than two methods or no dataset, or a figure that is missing.
+        ValueError: fewer than two methods, no dataset, or a missing figure.
     """
     datasets, methods = figures.shape
     if methods < 2 or datasets < 1 or not np.isfinite(figures).all():
         raise ValueError(f"a ranking needs figures of at least two methods on every dataset, not {datasets} x {methods} with gaps")
     ranks = stats.rankdata(-figures, axis=1).mean(axis=0)
-    q = float(stats.studentized_range.ppf(1 - alpha, methods, np.inf)) / math.sqrt(2)
+    q = float(stats.studentized_range.ppf(LEVEL, methods, np.inf)) / math.sqrt(2)
     friedman = None
     if methods > 2 and datasets > 1:
         with np.errstate(invalid="ignore"):

@@ -86,5 +86,5 @@ def parse_device(text: str) -> Device:
         ValueError: it is neither ``auto`` nor ``cpu``.
     """
     if text not in ("auto", "cpu"):
-        raise ValueError(f"--device {text}: use auto or cpu")
+        raise ValueError(f"--device {text}: choose one of: auto, cpu")
     return "cpu" if text == "cpu" else "auto"

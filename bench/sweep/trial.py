@@ -12,7 +12,8 @@ from bench.config import ConfigError
 from bench.dataset import EXPRESSIONS
 from bench.draws import drawing
 from bench.evaluation.contract import check_output
-from bench.evaluation.maps import map_ranges, read_maps
+from bench.evaluation.maps import map_ranges
+from bench.evaluation.read_out import read_out
 from bench.matrix import Cell, Planned, Training
 from bench.method import METHODS, Batch, Classifier, Output
 from bench.training.build import build_classifier, build_method, build_reader
@@ -142,7 +143,7 @@ def _read(cell: Cell, classifier: Classifier, batch: Batch, *, num_classes: int)
             output = classifier(batch.images)
             check_output(output, classifier, samples=PICTURES, num_classes=num_classes)
             output.images = batch.images
-            maps = read_maps(method, classifier, output, batch.labels)
+            maps = read_out(method, classifier, output, batch.labels)
         if method.variant != "official" and bool(map_ranges(maps).isnan().any()):
             return "its maps hold NaN or infinite values"
     except Exception as error:  # noqa: BLE001 - an entry's own code can raise anything

@@ -64,7 +64,7 @@ def test_a_dry_run_makes_nothing(bench_here, tmp_path):
         (["--set", "train.batch_size=100000"], "is more than the 1540 training samples"),
         (["--set", "backbones.mini.weights=nowhere.safetensors"], "no such file"),
         (["--plugin", "nowhere.py"], "no such file"),
-        (["--device", "tpu"], "use auto or cpu"),
+        (["--device", "tpu"], "choose one of: auto, cpu"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_made(bench_here, tmp_path, arguments, message):

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from bench.au.maps import action_unit_maps
-from bench.evaluation.maps import min_max, read_maps, upsample
+from bench.evaluation.maps import enlarged
 from bench.evaluation.measures import Explained
 from bench.evaluation.measures.randomisation import randomise
+from bench.evaluation.parts import convert
+from bench.evaluation.read_out import forward, read_out
 from bench.method import Classifier, Output
 from tests.au.faces import faces
 from tests.methods.posthoc import method, tiny
@@ -50,10 +52,9 @@ def explained(seed=0, *, count=6, size=32, name="cam"):
     landmarks = faces(count, seed=seed).float()
     au_maps, valid = action_unit_maps(landmarks, labels, frame=224, size=size, variant="symmetric")
     with torch.no_grad():
-        output = classifier(images)
-        output.images = images
+        output = forward(classifier, images)
         predicted = output.logits.argmax(dim=1)
-        raw_true, raw_predicted = (read_maps(reader, classifier, output, classes) for classes in (labels, predicted))
+        raw_true, raw_predicted = (read_out(reader, classifier, output, classes) for classes in (labels, predicted))
     return Explained(
         method=reader,
         classifier=classifier,
@@ -62,8 +63,8 @@ def explained(seed=0, *, count=6, size=32, name="cam"):
         logits=output.logits,
         predicted=predicted,
         raw_predicted=raw_predicted,
-        map_true=upsample(min_max(raw_true), size=size),
-        map_predicted=upsample(min_max(raw_predicted), size=size),
+        map_true=enlarged(raw_true, size=size),
+        map_predicted=enlarged(raw_predicted, size=size),
         landmarks=landmarks,
         expressions=labels,
         au_maps=au_maps,
@@ -92,6 +93,5 @@ def explained_window(*, inverse=False, count=4, size=20):
 
 def doubled(seen):
     """The same in double precision, for sums done by hand."""
-    fields = {field.name: getattr(seen, field.name) for field in dataclasses.fields(seen)}
-    tensors = {name: value.double() for name, value in fields.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
-    return dataclasses.replace(seen, classifier=copy.deepcopy(seen.classifier).double(), **tensors)
+    exact = convert(seen, lambda value: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value)
+    return dataclasses.replace(exact, classifier=copy.deepcopy(seen.classifier).double())

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.data.transforms import eval_images
 from bench.evaluation.class_maps import SIDE, AverageMaps, ClassSums, read_average_maps, write_average_maps
-from bench.evaluation.maps import min_max, read_maps, upsample
+from bench.evaluation.maps import enlarged
+from bench.evaluation.read_out import forward, network_input, read_out
 from bench.io import file_sha256
 from bench.runtime.engine import Engine
 from bench.sweep.store import MAPS, read_records
@@ -23,8 +23,8 @@ LABELS = torch.tensor([2, 0, 0, 2, 0, 2, 2])
 class Two:
     """Stands for the engine of one of two processes: adds what the other has."""
 
-    def __init__(self, other):
-        self._parts = iter((other._sums, other._count, other._examples[:-1]))
+    def __init__(self, peer):
+        self._parts = iter((peer._sums, peer._count, peer._examples[:-1]))
 
     def sum(self, tensor):
         return tensor + next(self._parts)
@@ -49,43 +49,43 @@ def test_neither_batches_nor_order_nor_processes_change_a_byte(groups):
 
 def test_means_are_those_of_each_class_and_a_class_without_samples_is_blank():
     maps = torch.rand(7, 2 * SIDE, 2 * SIDE)
-    found = summed(maps, [[0, 1, 2], [3, 4, 5, 6]]).total(Engine(device="cpu"))
+    means = summed(maps, [[0, 1, 2], [3, 4, 5, 6]]).total(Engine(device="cpu"))
     cells = F.avg_pool2d(maps[:, None], 2)[:, 0].double()
-    np.testing.assert_array_equal(found.count, [3, 0, 4, 0])
-    np.testing.assert_allclose(found.means[2], cells[LABELS == 2].mean(0) * 255, atol=0.51)
-    assert not found.means[[1, 3]].any()
-    np.testing.assert_array_equal(found.positions, [1, 2, 0, 3])
-    np.testing.assert_allclose(found.examples, cells[found.positions] * 255, atol=0.51)
+    np.testing.assert_array_equal(means.count, [3, 0, 4, 0])
+    np.testing.assert_allclose(means.means[2], cells[LABELS == 2].mean(0) * 255, atol=0.51)
+    assert not means.means[[1, 3]].any()
+    np.testing.assert_array_equal(means.positions, [1, 2, 0, 3])
+    np.testing.assert_allclose(means.examples, cells[means.positions] * 255, atol=0.51)
 
 
 def test_samples_that_are_not_valid_do_not_count():
     sums = ClassSums(LABELS, num_classes=4, device=torch.device("cpu"))
     valid = torch.tensor([True, False, True, False, False, False, False])
     sums.add(torch.ones(7, 8, 8), positions=torch.arange(7), labels=LABELS, valid=valid)
-    found = sums.total(Engine(device="cpu"))
-    np.testing.assert_array_equal(found.count, [1, 0, 1, 0])
-    assert (found.means[[0, 2]] == 255).all()
+    means = sums.total(Engine(device="cpu"))
+    np.testing.assert_array_equal(means.count, [1, 0, 1, 0])
+    assert (means.means[[0, 2]] == 255).all()
 
 
 def test_the_maps_of_an_evaluation_are_the_means_of_the_maps_it_compares(make_method, evaluated, split):
     method, classifier = make_method("cam")
-    found = evaluated(classifier, {"cam": method})["cam"].maps
+    average = evaluated(classifier, {"cam": method})["cam"].maps
     (raw,) = split.reader.eval_batches(rank=0, world_size=1, batch_size=27)
     with torch.inference_mode():
-        output = classifier(eval_images(raw.images, size=32, mean=classifier.backbone.mean, std=classifier.backbone.std))
-        expected = {"map": read_maps(method, classifier, output, raw.labels), "attention": layer_attention(output.layers[3])}
+        output = forward(classifier, network_input(classifier, raw.images, size=32))
+        expected = {"map": read_out(method, classifier, output, raw.labels), "attention": layer_attention(output.layers[3])}
     for name, maps in expected.items():
-        mean = upsample(min_max(maps), size=32)[raw.labels == 3].double().mean(0)
-        np.testing.assert_allclose(getattr(found, name)[3], 255 * mean, atol=0.51)
-    assert found.count.sum() == 27
-    assert not found.au_map[split.reader.classes.index("neutral")].any()
+        mean = enlarged(maps, size=32)[raw.labels == 3].double().mean(0)
+        np.testing.assert_allclose(getattr(average, name)[3], 255 * mean, atol=0.51)
+    assert average.count.sum() == 27
+    assert not average.au_map[split.reader.classes.index("neutral")].any()
 
 
 def test_another_batch_size_moves_a_byte_by_one_at_most(make_method, evaluated):
     method, classifier = make_method("cam")
-    one, many = (evaluated(classifier, {"cam": method}, batch_size=size)["cam"].maps for size in (1, 64))
+    single, many = (evaluated(classifier, {"cam": method}, batch_size=size)["cam"].maps for size in (1, 64))
     for field in dataclasses.fields(AverageMaps):
-        a, b = (getattr(maps, field.name).astype(int) for maps in (one, many))
+        a, b = (getattr(maps, field.name).astype(int) for maps in (single, many))
         assert np.abs(a - b).max() <= 1, field.name
 
 

@@ -130,8 +130,8 @@ def test_the_check_leaves_no_trace(make_method, evaluated, monkeypatch):
         without = evaluated(classifier, {"cam": method})["cam"]
     for name in ("rows", "maps"):
         for field in dataclasses.fields(getattr(without, name)):
-            ours, theirs = (repr(getattr(getattr(result, name), field.name)) for result in (with_check, without))
-            assert ours == theirs, field.name
+            checked, unchecked = (repr(getattr(getattr(result, name), field.name)) for result in (with_check, without))
+            assert checked == unchecked, field.name
 
 
 def test_where_64_pictures_are_too_many_for_the_memory_the_batch_size_of_the_evaluation_is_taken(make_method, evaluated):
@@ -175,9 +175,9 @@ def test_a_cell_that_fails_the_check_is_recorded_and_says_so(go, project):
 
 def test_differences_know_no_scale():
     logits, maps = torch.randn(5, 3), torch.rand(5, 4, 4)
-    other, others = logits + 0.01 * torch.randn(5, 3), maps + 0.01 * torch.rand(5, 4, 4)
-    assert logit_difference(other * 8, logits * 8) == pytest.approx(logit_difference(other, logits))
-    assert map_difference(others * 8, maps * 8) == pytest.approx(map_difference(others, maps), rel=1e-5)
+    changed_logits, changed_maps = logits + 0.01 * torch.randn(5, 3), maps + 0.01 * torch.rand(5, 4, 4)
+    assert logit_difference(changed_logits * 8, logits * 8) == pytest.approx(logit_difference(changed_logits, logits))
+    assert map_difference(changed_maps * 8, maps * 8) == pytest.approx(map_difference(changed_maps, maps), rel=1e-5)
     assert (logit_difference(logits, logits), map_difference(maps, maps)) == (0, 0)
 
 
@@ -189,11 +189,11 @@ def test_maps_that_vanish_in_both_are_alike_and_in_one_are_not():
 
 def test_a_single_map_may_be_one_of_a_tie_that_rounding_decides():
     maps = torch.rand(9, 4, 4)
-    other = maps.clone()
-    other[4] = torch.rand(4, 4)
-    assert map_difference(other, maps) < TOLERANCE
-    other[7] = torch.rand(4, 4)
-    assert map_difference(other, maps) > TOLERANCE
+    changed = maps.clone()
+    changed[4] = torch.rand(4, 4)
+    assert map_difference(changed, maps) < TOLERANCE
+    changed[7] = torch.rand(4, 4)
+    assert map_difference(changed, maps) > TOLERANCE
 
 
 def test_the_only_map_must_agree():

@@ -47,7 +47,7 @@ def test_a_figure_does_not_depend_on_the_batch(name):
     whole = MEASURES[name].compute(seen)
     single = [MEASURES[name].compute(seen.take(torch.tensor([i]))) for i in range(3)]
     for column, values in whole.items():
-        torch.testing.assert_close(torch.cat([one[column] for one in single]), values, atol=1e-4, rtol=0, equal_nan=True)
+        torch.testing.assert_close(torch.cat([figures[column] for figures in single]), values, atol=1e-4, rtol=0, equal_nan=True)
 
 
 def test_every_measure_gives_the_columns_it_names_and_leaves_the_network_as_it_was():
@@ -79,14 +79,14 @@ def measured(*, samples, positions, total=60):
 
 
 def test_samples_without_an_au_map_count_only_where_none_is_needed():
-    found = measured(samples=0, positions=range(6))
-    assert found["energy"].isnan().tolist() == [False, True, False, False, False, False]
-    assert not found["drop"].isnan().any()
+    figures = measured(samples=0, positions=range(6))
+    assert figures["energy"].isnan().tolist() == [False, True, False, False, False, False]
+    assert not figures["drop"].isnan().any()
 
 
 def test_a_subset_is_evenly_spread_over_the_split_and_the_others_do_not_count():
-    found = measured(samples=6, positions=[0, 10, 20, 30, 40, 59])
-    assert found["drop"].isnan().tolist() == [False, False, False, False, False, True]
+    figures = measured(samples=6, positions=[0, 10, 20, 30, 40, 59])
+    assert figures["drop"].isnan().tolist() == [False, False, False, False, False, True]
     assert measured(samples=6, positions=[1, 2, 3, 4, 5, 6])["drop"].isnan().all()
     assert not measured(samples=100, positions=[0, 1, 2, 3, 4, 59])["drop"].isnan().any()
 
@@ -121,13 +121,13 @@ def test_a_run_with_measures_records_them_and_changes_nothing_else(go, project):
     }
     go(**asked)
     go(**asked | {"evaluation__measures": []})
-    found = {}
+    cells = {}
     for path in project.glob("results/cells/**/record.json"):
         record = json.loads(path.read_text())
-        found[record["cell"]["method"], bool(record["evaluation"]["measures"])] = record, read_rows(path.parent / "samples.parquet")
-    assert len(found) == 4
+        cells[record["cell"]["method"], bool(record["evaluation"]["measures"])] = record, read_rows(path.parent / "samples.parquet")
+    assert len(cells) == 4
     for method in ("cam", "gradcampp"):
-        (plain, plain_rows), (record, rows) = found[method, False], found[method, True]
+        (plain, plain_rows), (record, rows) = cells[method, False], cells[method, True]
         assert record["evaluation"]["measures"] == ["energy", "drop", "randomisation"]
         assert set(record["metrics"]["measures"]) == {"energy", "drop", "increase", "randomisation_head", "randomisation_all"}
         assert record["metrics"]["measures"]["drop"]["samples"] == record["data"]["samples"]

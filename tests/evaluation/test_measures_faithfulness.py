@@ -81,10 +81,10 @@ def test_average_drop_and_increase_agree_with_torchcam():
     seen = explained(3, count=16)
     peer = ClassificationMetric(Given(seen), lambda logits: logits.softmax(dim=1))
     peer.update(seen.images)
-    found = compute("drop", seen)
-    assert found["drop"].mean() == pytest.approx(peer.summary()["avg_drop"], abs=1e-5)
-    assert found["increase"].mean() == peer.summary()["conf_increase"]
-    assert 0 < found["increase"].mean() < 1
+    figures = compute("drop", seen)
+    assert figures["drop"].mean() == pytest.approx(peer.summary()["avg_drop"], abs=1e-5)
+    assert figures["increase"].mean() == peer.summary()["conf_increase"]
+    assert 0 < figures["increase"].mean() < 1
 
 
 def test_gradcam_leaves_out_the_division_of_the_average_drop():
@@ -92,12 +92,12 @@ def test_gradcam_leaves_out_the_division_of_the_average_drop():
     seen = explained(3, count=16)
     targets = [ClassifierOutputSoftmaxTarget(int(k)) for k in seen.predicted]
     cams = seen.map_predicted.numpy()
-    found = compute("drop", seen)
+    figures = compute("drop", seen)
     whole = seen.logits.softmax(dim=1).amax(dim=1).numpy()
-    theirs = DropInConfidence()(seen.images, cams, targets, Logits(seen.classifier))
-    np.testing.assert_allclose(found["drop"] * whole, theirs, atol=1e-5)
-    assert np.abs(found["drop"] - theirs).max() > 0.05
-    np.testing.assert_array_equal(found["increase"], IncreaseInConfidence()(seen.images, cams, targets, Logits(seen.classifier)))
+    drops = DropInConfidence()(seen.images, cams, targets, Logits(seen.classifier))
+    np.testing.assert_allclose(figures["drop"] * whole, drops, atol=1e-5)
+    assert np.abs(figures["drop"] - drops).max() > 0.05
+    np.testing.assert_array_equal(figures["increase"], IncreaseInConfidence()(seen.images, cams, targets, Logits(seen.classifier)))
 
 
 @pytest.mark.parametrize("name", ["deletion", "insertion", "drop", "road"])

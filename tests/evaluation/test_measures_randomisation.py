@@ -69,20 +69,20 @@ def test_every_weight_of_the_chosen_part_is_drawn_anew_and_the_others_stay(metho
 def test_a_randomised_network_is_a_function_of_the_seed():
     trained = small("cam")
     state = torch.random.get_rng_state()
-    one, again, other = (hash_weights(randomise(trained, "all", seed=seed)) for seed in (1, 1, 2))
-    assert one == again
-    assert one != other
+    first, again, different = (hash_weights(randomise(trained, "all", seed=seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert first != different
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 @pytest.mark.parametrize("name", ["cam", "gradcampp", "smoothgradcampp"])
 def test_maps_change_with_the_weights(name):
-    found = MEASURES["randomisation"].compute(explained(2, count=12, size=64, name=name))
-    assert found["randomisation_all"].nanmean() < 0.7
-    assert found["randomisation_head"].nanmean() < 0.95
+    figures = MEASURES["randomisation"].compute(explained(2, count=12, size=64, name=name))
+    assert figures["randomisation_all"].nanmean() < 0.7
+    assert figures["randomisation_head"].nanmean() < 0.95
 
 
 def test_a_method_that_does_not_look_at_the_head_is_found_out():
-    found = MEASURES["randomisation"].compute(explained(2, count=12, name="eigencam"))
-    assert found["randomisation_head"].min() > 0.999
-    assert found["randomisation_all"].nanmean() < 0.9
+    figures = MEASURES["randomisation"].compute(explained(2, count=12, name="eigencam"))
+    assert figures["randomisation_head"].min() > 0.999
+    assert figures["randomisation_all"].nanmean() < 0.9

@@ -40,13 +40,13 @@ def test_pointing_asks_where_the_maximum_lies_and_how_far_from_the_region(seed):
     seen = explained(seed, count=24)
     seen = dataclasses.replace(seen, map_true=torch.rand(seen.map_true.shape, generator=torch.Generator().manual_seed(seed)))
     values, region = maps(seen)
-    found, size = compute("pointing", seen), values.shape[-1]
+    figures, size = compute("pointing", seen), values.shape[-1]
     for i, (m, r) in enumerate(zip(values, region, strict=True)):
         (top,) = np.argwhere(m == m.max())
         distance = np.sqrt(((np.argwhere(r) - top) ** 2).sum(axis=1)).min()
-        assert found["pointing"][i] == (distance == 0)
-        assert found["pointing_near"][i] == (distance <= 15 * size / 224)
-    assert 0 < found["pointing_near"].mean() < 1
+        assert figures["pointing"][i] == (distance == 0)
+        assert figures["pointing_near"][i] == (distance <= 15 * size / 224)
+    assert 0 < figures["pointing_near"].mean() < 1
 
 
 def test_of_several_equal_maxima_the_share_that_hits_counts():
@@ -64,10 +64,10 @@ def test_average_precision_is_that_of_scikit_learn_with_and_without_equal_values
     if levels:
         seen = dataclasses.replace(seen, map_true=(seen.map_true * levels).floor() / levels)
     values, region = maps(seen)
-    found = compute("ap", seen)["ap"]
+    figures = compute("ap", seen)["ap"]
     for compared, tolerance in ((values, {"rtol": 1e-3}), ((seen.map_true / 1e-5).round().numpy(), {"rtol": 1e-5})):
         expected = [average_precision_score(r.ravel(), m.ravel()) for m, r in zip(compared, region, strict=True)]
-        np.testing.assert_allclose(found, expected, **tolerance)
+        np.testing.assert_allclose(figures, expected, **tolerance)
 
 
 def test_rounding_decides_nothing_against_the_au_map():
@@ -100,19 +100,19 @@ def test_a_face_without_a_region_does_not_count():
 
 def test_every_action_unit_of_the_expression_has_its_own_cosine():
     seen = explained(count=6)
-    found = compute("au", seen)
+    figures = compute("au", seen)
     for i, expression in enumerate(seen.expressions.tolist()):
         cosines = []
         for unit in ACTION_UNITS:
-            column = found.get(f"au_{unit.facs}", np.full(6, np.nan))
+            column = figures.get(f"au_{unit.facs}", np.full(6, np.nan))
             if unit.id not in EXPRESSION_UNITS[EXPRESSIONS[expression]]:
                 assert np.isnan(column[i])
                 continue
             drawn = unit_maps(seen.landmarks[i : i + 1], torch.tensor([unit.id]), frame=224, size=32, variant="symmetric").maps[0].double()
-            mine = seen.map_true[i].double()
-            cosines.append(float((mine * drawn).sum() / mine.norm() / drawn.norm()))
+            heat = seen.map_true[i].double()
+            cosines.append(float((heat * drawn).sum() / heat.norm() / drawn.norm()))
             assert column[i] == pytest.approx(cosines[-1], abs=1e-6)
-        assert found["au"][i] == pytest.approx(np.mean(cosines), abs=1e-6)
+        assert figures["au"][i] == pytest.approx(np.mean(cosines), abs=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["official", "symmetric"])

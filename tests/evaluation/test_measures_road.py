@@ -68,16 +68,16 @@ def test_imputation_does_not_depend_on_the_batch():
 def test_road_agrees_with_gradcam():
     """To 0.01: the noise is drawn anew there, and its percentiles leave a pixel more or less. It gives differences to the whole picture."""
     seen = explained(6, count=3, size=32)
-    found = {name: values.numpy() for name, values in MEASURES["road"].compute(seen).items()}
+    figures = {name: values.numpy() for name, values in MEASURES["road"].compute(seen).items()}
     targets = [ClassifierOutputSoftmaxTarget(int(k)) for k in seen.predicted]
     percentiles = [round(100 * (1 - share)) for share in SHARES]
     arguments = (seen.images, seen.map_predicted.numpy(), targets, Logits(seen.classifier))
     most, least = (kind(percentiles)(*arguments) for kind in (ROADMostRelevantFirstAverage, ROADLeastRelevantFirstAverage))
     whole = seen.logits.softmax(dim=1).amax(dim=1).numpy()
-    np.testing.assert_allclose(found["road_most"], whole + most, atol=0.01)
-    np.testing.assert_allclose(found["road_least"], whole + least, atol=0.01)
-    np.testing.assert_allclose(found["road"], (least - most) / 2, atol=0.01)
-    assert np.abs(found["road"]).max() > 0.03
+    np.testing.assert_allclose(figures["road_most"], whole + most, atol=0.01)
+    np.testing.assert_allclose(figures["road_least"], whole + least, atol=0.01)
+    np.testing.assert_allclose(figures["road"], (least - most) / 2, atol=0.01)
+    assert np.abs(figures["road"]).max() > 0.03
 
 
 def test_gradcam_removes_all_of_a_picture_whose_map_is_mostly_zero():

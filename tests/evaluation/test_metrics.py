@@ -57,9 +57,9 @@ def test_per_class_and_macro_cosines_agree_with_the_published_code():
 def test_a_class_without_samples_is_left_out_and_named():
     missing = int(GOLDEN["missing_class"])
     metrics = compute_metrics(_golden_rows(drop=missing), classes=EXPRESSIONS, expressive=EXPRESSIVE)["cam_cos"]["true"]
-    others = [float(GOLDEN["missing_per_class_att_cam"][c, 1]) for c in range(1, 7) if c != missing]
+    means = [float(GOLDEN["missing_per_class_att_cam"][c, 1]) for c in range(1, 7) if c != missing]
     assert metrics["missing_classes"] == [EXPRESSIONS[missing]]
-    assert metrics["macro"] == pytest.approx(np.mean(others), abs=1e-4)
+    assert metrics["macro"] == pytest.approx(np.mean(means), abs=1e-4)
     assert metrics["macro"] != pytest.approx(float(GOLDEN["missing_macro6_att_cam"][1]), abs=1e-3)  # published: a -1 is averaged in
 
 

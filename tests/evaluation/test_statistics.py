@@ -31,12 +31,12 @@ figures = st.lists(st.integers(-1000, 1000).map(lambda i: i / 100), min_size=2, 
 
 @given(figures)
 def test_the_t_interval_is_that_of_scipy(values):
-    found = t_interval(values)
+    computed = t_interval(values)
     if np.ptp(values) == 0:
-        assert found == pytest.approx((values[0], values[0]))
+        assert computed == pytest.approx((values[0], values[0]))
     else:
         expected = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
-        assert found == pytest.approx(expected, abs=1e-9)
+        assert computed == pytest.approx(expected, abs=1e-9)
 
 
 def test_one_value_has_no_t_interval():
@@ -83,9 +83,9 @@ def test_people_with_many_pictures_do_not_make_equal_methods_differ():
     of_pictures, of_people = 0, 0
     for _ in range(500):
         right = rng.random((2, 30, 10)) < rng.beta(2, 1, (2, 30, 1))
-        one, other = right
-        of_pictures += float(mcnemar((one & ~other).sum(), (other & ~one).sum())) < 0.05
-        of_people += clustered_mcnemar(one.sum(axis=1) - other.sum(axis=1)) < 0.05
+        first, second = right
+        of_pictures += float(mcnemar((first & ~second).sum(), (second & ~first).sum())) < 0.05
+        of_people += clustered_mcnemar(first.sum(axis=1) - second.sum(axis=1)) < 0.05
     assert of_people <= 25 + 2 * math.sqrt(500 * 0.05 * 0.95)
     assert of_pictures > 100
 
@@ -93,9 +93,9 @@ def test_people_with_many_pictures_do_not_make_equal_methods_differ():
 @given(st.integers(0, 2**32 - 1), st.integers(1, 300))
 def test_mcnemar_is_that_of_statsmodels(seed, n):
     rng = np.random.default_rng(seed)
-    one, other = rng.random(n) < 0.7, rng.random(n) < 0.6
-    table = [[int((one & other).sum()), int((one & ~other).sum())], [int((~one & other).sum()), int((~one & ~other).sum())]]
-    assert mcnemar((one & ~other).sum(), (other & ~one).sum()) == pytest.approx(
+    first, second = rng.random(n) < 0.7, rng.random(n) < 0.6
+    table = [[int((first & second).sum()), int((first & ~second).sum())], [int((~first & second).sum()), int((~first & ~second).sum())]]
+    assert mcnemar((first & ~second).sum(), (second & ~first).sum()) == pytest.approx(
         contingency_tables.mcnemar(table, exact=True).pvalue, abs=1e-12
     )
 
@@ -146,9 +146,9 @@ def test_replicates_are_what_the_metric_gives_on_the_drawn_samples():
     values, labels, counted = rng.random(n), rng.integers(0, 3, n), rng.random(n) < 0.8
     boot = Bootstrap([None] * n, replicates=20)
     replicates = boot.macro_means(values, labels, counted=counted)[0]
-    for row, found in zip(boot._draws, replicates, strict=True):
+    for row, computed in zip(boot._draws, replicates, strict=True):
         drawn = np.repeat(np.arange(n), row.astype(int))
-        assert found == pytest.approx(macro(values[drawn], labels[drawn], counted[drawn]), abs=1e-6)
+        assert computed == pytest.approx(macro(values[drawn], labels[drawn], counted[drawn]), abs=1e-6)
 
 
 def test_figures_on_one_split_share_their_draws():
@@ -177,8 +177,8 @@ def test_the_bootstrap_p_value_of_a_paired_difference_is_that_of_the_t_test():
     differences = rng.normal(0.1, 1, 300)
     boot = Bootstrap([None] * 300, replicates=8000)
     replicates = boot.macro_means(differences, np.zeros(300, np.int64), counted=np.ones(300, bool))[0]
-    (found,) = bootstrap_p([differences.mean()], [replicates.std(ddof=1)], clusters=300)
-    assert found == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, abs=0.02)
+    (computed,) = bootstrap_p([differences.mean()], [replicates.std(ddof=1)], clusters=300)
+    assert computed == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, abs=0.02)
 
 
 def test_identical_figures_are_never_different():
@@ -187,8 +187,8 @@ def test_identical_figures_are_never_different():
 
 
 def test_seeds_are_compared_pair_by_pair():
-    one, other = [0.80, 0.82, 0.85], [0.79, 0.80, 0.84]
-    assert seeds_p([np.subtract(one, other)]) == pytest.approx(stats.ttest_rel(one, other).pvalue)
+    first, second = [0.80, 0.82, 0.85], [0.79, 0.80, 0.84]
+    assert seeds_p([np.subtract(first, second)]) == pytest.approx(stats.ttest_rel(first, second).pvalue)
 
 
 def pairs_of(rows):
@@ -219,13 +219,13 @@ def test_two_rows_have_no_others_to_learn_from():
 def test_rows_tell_each_other_how_far_training_scatters():
     """Twenty tables of 21 equal rows and one that lies four standard deviations below, five seeds."""
     rng = np.random.default_rng(0)
-    ones, others = pairs_of(22)
+    first, second = pairs_of(22)
     alone = together = 0
     for _ in range(20):
         figures = rng.standard_normal((22, 5))
         figures[0] -= 4
-        alone += np.sum(np.array(holm(seeds_p(figures[ones] - figures[others])))[ones == 0] < 0.05)
-        together += np.sum(np.array(holm(table_seeds_p(figures, ones, others)))[ones == 0] < 0.05)
+        alone += np.sum(np.array(holm(seeds_p(figures[first] - figures[second])))[first == 0] < 0.05)
+        together += np.sum(np.array(holm(table_seeds_p(figures, first, second)))[first == 0] < 0.05)
     assert alone < 0.2 * 20 * 21
     assert together > 0.5 * 20 * 21
 
@@ -234,8 +234,8 @@ def test_read_outs_of_one_training_are_told_apart_by_their_own_spread():
     """Two rows that rise and fall together, beside others that scatter far more."""
     figures = np.random.default_rng(0).normal(0, 1, (11, 5))
     figures[1] = figures[0] + 0.3 + np.array([1e-3, -1e-3, 0, 2e-3, 0])
-    ones, others = pairs_of(11)
-    assert holm(table_seeds_p(figures, ones, others))[0] < 0.05
+    first, second = pairs_of(11)
+    assert holm(table_seeds_p(figures, first, second))[0] < 0.05
 
 
 SPREADS = {
@@ -250,9 +250,9 @@ SPREADS = {
 def test_rows_that_differ_by_their_seeds_alone_are_told_apart_in_at_most_five_tables_of_a_hundred(spread, seeds):
     """1,000 tables of eleven equal methods, however unequally their trainings scatter."""
     rng = np.random.default_rng(0)
-    ones, others = pairs_of(11)
+    first, second = pairs_of(11)
     tables = rng.standard_normal((1000, 11, seeds)) * SPREADS[spread][:, None]
-    false = sum(min(holm(table_seeds_p(table, ones, others))) < 0.05 for table in tables)
+    false = sum(min(holm(table_seeds_p(table, first, second))) < 0.05 for table in tables)
     assert false <= 50
 
 
@@ -277,10 +277,10 @@ def test_equal_methods_are_told_apart_in_at_most_five_tables_of_a_hundred():
     """1,000 tables of six equal methods on 300 samples: all pairs by McNemar, corrected by Holm."""
     rng = np.random.default_rng(0)
     false = 0
-    one, other = np.transpose(list(itertools.combinations(range(6), 2)))
+    first, second = np.transpose(list(itertools.combinations(range(6), 2)))
     for _ in range(1000):
         difficulty = rng.beta(6, 2, 300)
         right = rng.random((6, 300)) < difficulty
-        p_values = mcnemar((right[one] & ~right[other]).sum(axis=1), (right[other] & ~right[one]).sum(axis=1))
+        p_values = mcnemar((right[first] & ~right[second]).sum(axis=1), (right[second] & ~right[first]).sum(axis=1))
         false += min(holm(p_values)) < 0.05
     assert false <= 50 + 2 * math.sqrt(1000 * 0.05 * 0.95)

@@ -12,7 +12,7 @@ from torch import nn
 
 from bench.backbone import BACKBONES
 from bench.config import ConfigError, TrainConfig, load_settings
-from bench.evaluation.maps import read_maps
+from bench.evaluation.read_out import read_out
 from bench.matrix import Training
 from bench.method import METHODS
 from bench.runtime.engine import CUBLAS, Engine, check_engine
@@ -92,13 +92,13 @@ def test_maps_of_a_bfloat16_training_are_those_of_a_float32_evaluation(go, proje
     classifier = load_trained(cell.training, Store(project / "bf16").training_folder(cell.training), num_classes=7)
     assert {p.dtype for p in classifier.parameters()} == {torch.float32}
     reader, images, classes = build_reader(cell), torch.rand(3, 3, 32, 32), torch.tensor([0, 3, 6])
-    maps = read_maps(reader, classifier, classifier(images), classes)
+    maps = read_out(reader, classifier, classifier(images), classes)
     double = classifier.double()
-    exact = read_maps(reader, double, double(images.double()), classes)
+    exact = read_out(reader, double, double(images.double()), classes)
     torch.testing.assert_close(maps, exact, rtol=1e-4, atol=1e-7)
     classifier.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        coarse = read_maps(reader, classifier, classifier(images), classes)
+        coarse = read_out(reader, classifier, classifier(images), classes)
     assert (coarse - exact).abs().max() > 10 * (maps - exact).abs().max(), "bfloat16 maps would have passed"
 
 
@@ -158,9 +158,9 @@ def test_a_network_in_channels_last_order_reads_out_the_same(prepared):
     images, classes = torch.rand(4, 3, 32, 32), torch.tensor([0, 2, 4, 6])
     for cell in plan.matrix.cells:
         classifier = build_classifier(cell.training, num_classes=7).eval()
-        plain = read_maps(build_reader(cell), classifier, classifier(images), classes)
+        plain = read_out(build_reader(cell), classifier, classifier(images), classes)
         classifier.to(memory_format=torch.channels_last)
-        last = read_maps(build_reader(cell), classifier, classifier(images.contiguous(memory_format=torch.channels_last)), classes)
+        last = read_out(build_reader(cell), classifier, classifier(images.contiguous(memory_format=torch.channels_last)), classes)
         torch.testing.assert_close(plain, last, rtol=0, atol=1e-4)
 
 
@@ -173,17 +173,17 @@ def test_compile_changes_no_result_beyond_1e4_and_what_is_evaluated_is_not_compi
     plain = train_briefly(go, project, "plain", train__optimizer="sgd", train__lr=0.05)
     from torch._dynamo.utils import counters
 
-    from bench.evaluation import evaluator
+    from bench.evaluation import read_out as reading
 
     counters.clear()
     compiled = []
-    check = evaluator.check_finite
+    check = reading.check_finite
 
     def watch(logits, *, label):
         compiled.append(torch.compiler.is_compiling())
         check(logits, label=label)
 
-    monkeypatch.setattr(evaluator, "check_finite", watch)
+    monkeypatch.setattr(reading, "check_finite", watch)
     fast = train_briefly(go, project, "fast", train__optimizer="sgd", train__lr=0.05, train__compile=True)
     assert counters["inductor"], "inductor, the real backend, has compiled nothing"
     assert compiled

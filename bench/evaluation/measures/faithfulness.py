@@ -1,6 +1,6 @@
-"""Measures without any annotation: what becomes of the network's confidence when pixels go that the map calls relevant, or others.
+"""Measures without annotation: how the network's confidence changes when pixels are removed by the order of the map.
 
-They look at the class that the network predicts and at its map, on all samples.
+They use the class that the network predicts and its map, on all samples. p is the softmax probability of that class.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.au.codebook import REFERENCE_FRAME
-from bench.evaluation.measures.base import Column, Explained, Measure, confidence, of_class
+from bench.evaluation.measures.base import Column, Explained, confidence, measure, probability
 from bench.evaluation.measures.ranks import relevance_ranks
 
 STEPS = 20
@@ -18,16 +18,20 @@ BLUR_KERNEL, BLUR_SIGMA = 11, 5.0
 """Side and standard deviation of the Gaussian from which insertion starts, in pixels of a picture of side `REFERENCE_FRAME`."""
 
 
-def _deletion(seen: Explained) -> dict[str, Tensor]:
-    return {"deletion": _area_under(seen, before=seen.images, after=torch.zeros_like(seen.images))}
+@measure(Column("deletion", "Deletion", "lower"), passes=STEPS + 1)
+def deletion(explained: Explained) -> dict[str, Tensor]:
+    """Area under p over the share of pixels set to the mean colour, most relevant first (Petsiuk et al., BMVC 2018, RISE)."""
+    return {"deletion": _area_under(explained, before=explained.images, after=torch.zeros_like(explained.images))}
 
 
-def _insertion(seen: Explained) -> dict[str, Tensor]:
-    return {"insertion": _area_under(seen, before=blurred(seen.images), after=seen.images)}
+@measure(Column("insertion", "Insertion", "higher"), passes=STEPS + 1)
+def insertion(explained: Explained) -> dict[str, Tensor]:
+    """Area under p over the share of pixels restored in the blurred picture, most relevant first (Petsiuk et al., BMVC 2018, RISE)."""
+    return {"insertion": _area_under(explained, before=blurred(explained.images), after=explained.images)}
 
 
 def blurred(images: Tensor) -> Tensor:
-    """Pictures (B, 3, S, S) without detail: RISE's Gaussian, in proportion to their size, mirrored at the border."""
+    """Pictures (B, 3, S, S) under RISE's Gaussian, in proportion to their size, mirrored at the border."""
     from torchvision.transforms.v2.functional import gaussian_blur  # takes seconds to import, and tables need no pictures
 
     scale = images.shape[-1] / REFERENCE_FRAME
@@ -36,48 +40,22 @@ def blurred(images: Tensor) -> Tensor:
     return blurry
 
 
-def _area_under(seen: Explained, *, before: Tensor, after: Tensor) -> Tensor:
-    """Area under the confidence in the predicted class while pictures turn from one into the other, most relevant pixels first: (B,)."""
-    ranks = relevance_ranks(seen.map_predicted)[:, None]
+def _area_under(explained: Explained, *, before: Tensor, after: Tensor) -> Tensor:
+    """Area under p (B,) while the pixels of ``before`` are replaced by those of ``after``, most relevant first."""
+    ranks = relevance_ranks(explained.map_predicted)[:, None]
     pixels = ranks[0].numel()
     counts = [step * pixels // STEPS for step in range(STEPS + 1)]
-    curve = torch.stack([confidence(seen.classifier, torch.where(ranks < count, after, before), seen.predicted) for count in counts], dim=1)
+    pictures = (torch.where(ranks < count, after, before) for count in counts)
+    curve = torch.stack([confidence(explained.classifier, picture, explained.predicted) for picture in pictures], dim=1)
     return torch.trapezoid(curve, torch.tensor(counts, device=curve.device) / pixels, dim=1)
 
 
-def _drop(seen: Explained) -> dict[str, Tensor]:
-    whole = of_class(seen.logits, seen.predicted)
-    explained = confidence(seen.classifier, seen.images * seen.map_predicted[:, None], seen.predicted)
-    return {"drop": (whole - explained).clamp(min=0) / whole, "increase": (explained > whole).float()}
+@measure(Column("drop", "Average drop", "lower"), Column("increase", "Increase in confidence", "higher"), passes=1)
+def drop(explained: Explained) -> dict[str, Tensor]:
+    """``drop``: max(0, Y - O) / Y; ``increase``: 1 if O > Y (Chattopadhay et al., WACV 2018, Grad-CAM++).
 
-
-DELETION = Measure(
-    name="deletion",
-    columns=(Column(name="deletion", title="Deletion", better="lower"),),
-    needs_au_map=False,
-    passes=STEPS + 1,
-    source="Petsiuk et al., BMVC 2018 (RISE)",
-    formula="area under p(predicted class) over the share of pixels put to the mean colour, most relevant first",
-    compute=_deletion,
-)
-INSERTION = Measure(
-    name="insertion",
-    columns=(Column(name="insertion", title="Insertion", better="higher"),),
-    needs_au_map=False,
-    passes=STEPS + 1,
-    source="Petsiuk et al., BMVC 2018 (RISE)",
-    formula="area under p(predicted class) over the share of pixels restored in the blurred picture, most relevant first",
-    compute=_insertion,
-)
-DROP = Measure(
-    name="drop",
-    columns=(
-        Column(name="drop", title="Average drop", better="lower"),
-        Column(name="increase", title="Increase in confidence", better="higher"),
-    ),
-    needs_au_map=False,
-    passes=1,
-    source="Chattopadhay et al., WACV 2018 (Grad-CAM++)",
-    formula="drop: max(0, Y - O) / Y, increase: 1 if O > Y, with Y = p(predicted class) of the picture, O of picture x map",
-    compute=_drop,
-)
+    Y is p of the picture, O is p of the picture times the map.
+    """
+    whole = probability(explained.logits, explained.predicted)
+    masked = confidence(explained.classifier, explained.images * explained.map_predicted[:, None], explained.predicted)
+    return {"drop": (whole - masked).clamp(min=0) / whole, "increase": (masked > whole).float()}

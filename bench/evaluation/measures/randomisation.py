@@ -1,4 +1,4 @@
-"""The sanity check: a map that stays as it is when the network forgets what it has learned does not explain the network."""
+"""The sanity check: a map that does not change when the network's weights are drawn anew does not explain the network."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from bench.evaluation.maps import read_maps
-from bench.evaluation.measures.base import Column, Explained, Measure, Part
+from bench.evaluation.measures.base import Column, Explained, Part, measure
 from bench.evaluation.measures.ranks import spearman
+from bench.evaluation.read_out import forward, read_out
 from bench.method import Classifier
 
 SAMPLES = 256
@@ -17,10 +17,10 @@ SAMPLES = 256
 
 @torch.inference_mode(mode=False)  # methods may differentiate through the copy, which weights made in inference mode forbid
 def randomise(classifier: Classifier, part: Part, *, seed: int) -> Classifier:
-    """A copy of a classifier with weights drawn anew: a function of the seed, whatever the device. The given one is not touched.
+    """A copy of a classifier with weights drawn anew, in eval mode. The draw depends on the seed alone, not on the device.
 
-    Modules draw their own weights as PyTorch does for a new one, normalisations forget their statistics, and weights that belong to no
-    such module (tokens, embeddings of positions) are shuffled.
+    A module with ``reset_parameters`` draws its weights as a new one does, and a normalisation resets its statistics. Weights of any other
+    module (tokens, position embeddings) are shuffled.
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -42,27 +42,21 @@ def _draw(module: nn.Module) -> None:
         weights.copy_(weights.flatten()[torch.randperm(weights.numel())].view_as(weights))
 
 
-def _similarity(seen: Explained) -> dict[str, Tensor]:
-    found = {}
-    parts: tuple[Part, ...] = ("head", "all")
-    for part in parts:
-        other = seen.randomised(part)
-        output = other(seen.images)
-        output.images = seen.images
-        found[f"randomisation_{part}"] = spearman(seen.raw_predicted, read_maps(seen.method, other, output, seen.predicted))
-    return found
-
-
-RANDOMISATION = Measure(
-    name="randomisation",
-    columns=(
-        Column(name="randomisation_head", title="Similarity with a randomised head", better="lower"),
-        Column(name="randomisation_all", title="Similarity with all weights randomised", better="lower"),
-    ),
-    needs_au_map=False,
+@measure(
+    Column("randomisation_head", "Similarity with a randomised head", "lower"),
+    Column("randomisation_all", "Similarity with all weights randomised", "lower"),
     passes=2,
-    source="Adebayo et al., NeurIPS 2018; Sixt et al., ICML 2020",
-    formula="Spearman's rank correlation of the maps of one class, of the trained and of the randomised network",
-    compute=_similarity,
     most_samples=SAMPLES,
 )
+def randomisation(explained: Explained) -> dict[str, Tensor]:
+    """Spearman's rank correlation of two maps of one class: of the trained and of the randomised network.
+
+    Adebayo et al., NeurIPS 2018; Sixt et al., ICML 2020.
+    """
+    columns = {}
+    parts: tuple[Part, ...] = ("head", "all")
+    for part in parts:
+        classifier = explained.randomised(part)
+        maps = read_out(explained.method, classifier, forward(classifier, explained.images), explained.predicted)
+        columns[f"randomisation_{part}"] = spearman(explained.raw_predicted, maps)
+    return columns

@@ -1,4 +1,4 @@
-"""Orders of the pixels of maps, for whole batches; what is equal is treated alike or at least without a pattern."""
+"""Orders of the pixels of maps, for whole batches. Equal pixels share a rank, or come in a fixed order without a pattern."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 EQUAL = 1e-5
-"""Values of maps in [0, 1] that are closer than this are taken for equal. An enlarged map has plateaus up to the last digits, and the
-border of an AU region has pixels of exactly one half: else rounding, which is another one on every machine, would decide their order."""
+"""Values of maps in [0, 1] that are closer than this count as equal. An enlarged map has plateaus up to the last digits, and the border of
+an AU region has pixels of exactly one half. Without this, rounding would decide their order, and rounding differs between machines."""
 
 
 def in_steps(maps: Tensor) -> Tensor:
@@ -18,9 +18,8 @@ def in_steps(maps: Tensor) -> Tensor:
 def relevance_ranks(maps: Tensor) -> Tensor:
     """Place of every pixel from the most relevant, 0, to the least, of maps in [0, 1]: (B, S, S) -> (B, S, S) int64.
 
-    Equal pixels, such as all those that a ReLU has put to zero, come in one scattered order, the same for all maps of this size: in the
-    order of memory they would go row by row, and that the forehead comes before the chin is not what the map says. A constant map
-    therefore gives a random order of the pixels.
+    Equal pixels, such as those that a ReLU sets to zero, come in a scattered order, which is the same for all maps of this size. The
+    order of memory would put the forehead before the chin, which the map does not say. A constant map gives a random order.
     """
     flat = in_steps(maps).flatten(1)
     scatter = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(0)).to(maps.device)
@@ -30,7 +29,7 @@ def relevance_ranks(maps: Tensor) -> Tensor:
 
 
 def last_of_equals(ordered: Tensor) -> Tensor:
-    """For each value of sorted rows (B, N) the place of the last one that equals it, (B, N) int64."""
+    """For each value of sorted rows (B, N) the place of the last equal value, (B, N) int64."""
     count = ordered.shape[1]
     places = torch.arange(count, device=ordered.device).expand_as(ordered)
     ends = torch.ones_like(places, dtype=torch.bool)
@@ -39,7 +38,7 @@ def last_of_equals(ordered: Tensor) -> Tensor:
 
 
 def spearman(first: Tensor, second: Tensor) -> Tensor:
-    """Spearman's rank correlation of each pair of maps, (B, h, w) each, equal values with their mean rank: (B,); NaN if one is constant."""
+    """Spearman's rank correlation (B,) of pairs of maps (B, h, w). Equal values share their mean rank; NaN where a map is constant."""
     ranks = [_mean_ranks(maps.flatten(1)) for maps in (first, second)]
     centred = [rank - rank.mean(dim=1, keepdim=True) for rank in ranks]
     spread = (centred[0].square().sum(dim=1) * centred[1].square().sum(dim=1)).sqrt()

@@ -1,4 +1,4 @@
-"""Explain single pictures with a finished training: prediction, the maps of every method that can read it, and where they look."""
+"""Explain single pictures with a finished training: the prediction, and the map of every method that can read the training."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from PIL import Image
 from torch import Tensor
 
 from bench import __version__
-from bench.au.codebook import REFERENCE_FRAME
-from bench.au.maps import action_unit_maps, expression_ids
+from bench.au.maps import expression_ids
 from bench.config import EvaluationConfig
 from bench.data.index import INDEX_NAME, load_index
 from bench.data.samples import decode_jpeg
-from bench.data.transforms import eval_images, eval_landmarks
 from bench.dataset import BadPictureError, Face, Frame
-from bench.evaluation.maps import check_finite, map_cosines, min_max, read_maps, upsample
+from bench.evaluation.maps import enlarged, map_cosines, stored_au_maps, upsample
+from bench.evaluation.read_out import forward, grad_mode, network_input, read_out
 from bench.io import write_bytes_atomic, write_json_atomic
 from bench.matrix import Training
 from bench.method import METHODS, Method, Output
@@ -45,6 +44,8 @@ from bench.training.trainer import TRAINED
 BATCH = 16
 REPORT = "explanation.json"
 NOT_FINITE = "the map holds NaN or infinite values"
+AU_VARIANT = EvaluationConfig().au_maps
+"""Geometry of the AU maps."""
 
 Prepared = Literal["aligned", "letterboxed"]
 Points = npt.NDArray[np.float64]
@@ -53,31 +54,33 @@ _LONGEST_NAME = 100
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class PictureFile:
     """One picture to explain."""
 
     path: Path
     name: str
-    """Of its folder in the output; no other picture has it."""
+    """Name of its folder in the output; unique."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Face:
-    source: Source
+class PreparedFace:
+    """The face of a picture, prepared as the training's pictures were."""
+
+    file: PictureFile
     image: npt.NDArray[np.uint8]
     """(S, S, 3), S = the size of the training's stored pictures."""
     landmarks: Points | None
     """(68, 2) in pixels of ``image``."""
     prepared: Prepared
     deviation: str | None
-    """In what it is prepared otherwise than the training's pictures; None: in nothing."""
+    """How its preparation differs from that of the training's pictures; None: it does not."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Explained:
-    """What was found about one picture."""
+class Explanation:
+    """The results for one picture."""
 
-    source: Source
+    file: PictureFile
     facts: dict[str, Any]
     """Its entry in the report, JSON-able."""
 
@@ -91,17 +94,21 @@ class Failed:
 
 
 def open_training(folder: Path) -> Restored:
-    """The network of a training's folder, or of a cell's: its training lies in the same results folder. A file stands for its folder.
+    """Load the network of a training.
+
+    Args:
+        folder: of a training, or of a cell; the training of a cell lies in the same results folder. A file stands for its folder.
 
     Raises:
         FileNotFoundError: no finished training is there.
         ValueError: see `bench.sweep.restore.restore`, or a record that cannot be read.
     """
     if folder.is_file():
-        place = next((parent for parent in folder.resolve().parents if any((parent / name).is_file() for name in (RECORD, TRAINED))), None)
-        if place is None:
-            raise FileNotFoundError(f"{folder} is a file, and in no training's folder: give the folder <results>/trainings/<hash>")
-        folder = place
+        parents = folder.resolve().parents
+        enclosing = next((parent for parent in parents if (parent / RECORD).is_file() or (parent / TRAINED).is_file()), None)
+        if enclosing is None:
+            raise FileNotFoundError(f"{folder} is a file outside of any training: give the folder <results>/trainings/<hash>")
+        folder = enclosing
     if not (folder / RECORD).is_file():
         return restore(folder)
     try:
@@ -110,39 +117,42 @@ def open_training(folder: Path) -> Restored:
         raise ValueError(f"{folder / RECORD} is not a readable record: {error}") from error
     cells = next((parent for parent in folder.resolve().parents if parent.name == "cells"), None)
     if cells is None:
-        raise FileNotFoundError(f"{folder} lies in no results folder, so its training is not known: give <results>/trainings/<hash>")
+        raise FileNotFoundError(f"{folder} is a cell outside of a results folder, without its training: give <results>/trainings/<hash>")
     return restore(cells.parent / "trainings" / record.training_key[:16])
 
 
-def with_preparation(restored: Restored, data: Path) -> Restored:
-    """Say how the pictures of an older training were prepared, whose folder does not, by the index of its data.
+def with_preparation(restored: Restored, data: Path | None) -> Restored:
+    """Add how the training's pictures were prepared, from the index of its data. Trainings of newer versions know it already.
 
     Args:
         restored: the network.
-        data: the prepared dataset, or the folder of several.
+        data: the prepared dataset, or the folder of several. None: look in ``data``, and leave it unknown if it is not there.
 
     Raises:
-        FileNotFoundError: the dataset of the training is not there.
+        FileNotFoundError: ``data`` does not hold the dataset of the training.
     """
     if restored.preparation is not None:
         return restored
-    dataset = restored.training.dataset
-    places = [data, *sorted(data.glob(f"{glob.escape(dataset.name)}*"))]
-    for place in places:
-        if (place / INDEX_NAME).is_file() and (index := load_index(place)).fingerprint == dataset.fingerprint:
+    dataset, folder = restored.training.dataset, data or Path("data")
+    for candidate in (folder, *sorted(folder.glob(f"{glob.escape(dataset.name)}*"))):
+        if (candidate / INDEX_NAME).is_file() and (index := load_index(candidate)).fingerprint == dataset.fingerprint:
             return dataclasses.replace(restored, preparation=preparation_of(index))
-    raise FileNotFoundError(f"--data {data}: the dataset {dataset.name!r} of the training, {dataset.fingerprint[:10]}, is not there")
+    if data is None:
+        return restored
+    raise FileNotFoundError(
+        f"--data {data} does not hold the dataset of the training: {dataset.name!r} with the fingerprint {dataset.fingerprint[:10]}"
+    )
 
 
 def choose_readers(training: Training, names: Sequence[str] = ()) -> dict[str, Method]:
-    """The methods that can read a training, with their default options; the one that trained it with its own.
+    """The methods that can read a training. The method that trained it has the options of the training, the rest their defaults.
 
     Args:
-        training: what is to be read.
-        names: keep these only; none = all.
+        training: what the methods read.
+        names: keep only these; empty = all.
 
     Raises:
-        ValueError: a name that is no such method.
+        ValueError: a name is no method that can read the training.
     """
     entries = {
         entry.name: entry
@@ -151,7 +161,7 @@ def choose_readers(training: Training, names: Sequence[str] = ()) -> dict[str, M
     }
     for name in names:
         if name not in entries:
-            raise ValueError(f"--methods {name}: it cannot read a training of {training.trains_as}.{did_you_mean(name, entries)}")
+            raise ValueError(f"--methods {name}: this method cannot read a training of {training.trains_as}.{did_you_mean(name, entries)}")
     options = {training.trains_as: training.method_options}
     return {
         name: entry.target(entry.target.Options.model_validate(options.get(name, {})), variant=training.variant)
@@ -160,43 +170,48 @@ def choose_readers(training: Training, names: Sequence[str] = ()) -> dict[str, M
     }
 
 
-def find_pictures(paths: Iterable[Path]) -> tuple[list[Source], list[Failed]]:
-    """Files as they are given, and all pictures below folders, by the ending of their names; and what is neither."""
+def find_pictures(paths: Iterable[Path]) -> tuple[list[PictureFile], list[Failed]]:
+    """The files given, and all files below the folders given whose names end as pictures do; and the paths that are neither."""
     endings = Image.registered_extensions()
-    found: dict[Path, str] = {}
+    names: dict[Path, str] = {}
     failed = []
     for path in paths:
         if path.is_dir():
             below = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and p.is_file() and not p.name.startswith("."))
-            found |= {p: "_".join(p.relative_to(path).with_suffix("").parts) for p in below if p not in found}
+            names |= {p: "_".join(p.relative_to(path).with_suffix("").parts) for p in below if p not in names}
             if not below:
                 failed.append(Failed(path=path, reason="no picture is in this folder"))
         elif path.exists():
-            found.setdefault(path, path.stem)
+            names.setdefault(path, path.stem)
         else:
             failed.append(Failed(path=path, reason="no such file or folder"))
     used: set[str] = set()
-    sources = []
-    for path, wanted in found.items():
+    files = []
+    for path, wanted in names.items():
         base = _file_name(wanted)
-        name = next(n for n in itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2))) if n.lower() not in used)
+        candidates = itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2)))
+        name = next(candidate for candidate in candidates if candidate.lower() not in used)
         used.add(name.lower())
-        sources.append(Source(path=path, name=name))
-    return sources, failed
+        files.append(PictureFile(path=path, name=name))
+    return files, failed
 
 
 class LandmarkSource:
-    """Where the landmarks of pictures come from: a file, a network that finds them, or nowhere."""
+    """Where the landmarks of pictures come from: a file, a face detector, or nowhere."""
 
     def __init__(self, source: str, *, weights: Path | None = None) -> None:
-        """``source``: ``none``, ``face-alignment``, ``dlib`` or the path of a ``landmarks.csv``; ``weights``: see `describe_source`.
+        """Open the source.
+
+        Args:
+            source: ``none``, ``face-alignment``, ``dlib`` or the path of a ``landmarks.csv``.
+            weights: see `describe_source`.
 
         Raises:
-            ValueError: the file is none of landmarks, or what finds them cannot be used here.
+            ValueError: the file does not hold landmarks, or the detector cannot be used here.
             FileNotFoundError: no such file.
         """
         self.finds = source in WEIGHTS
-        """Whether a face is searched for: then the picture may be a whole photograph."""
+        """Whether a face is searched for, so that the picture may be a whole photograph."""
         self._table: LandmarkTable | None = None
         if self.finds or source == "none":
             self.facts = describe_source(source, weights=weights)
@@ -208,12 +223,14 @@ class LandmarkSource:
         self._finder = open_landmarker(source, weights=weights) if self.finds else None
 
     def face(self, path: Path, *, frame: Frame) -> Face:
-        """The upright picture of a file with its landmarks, as far as they are known.
+        """The upright picture of a file, with its landmarks if they are known.
 
-        A table's rows are looked up by the path relative to the table, and by the bare name; ``frame`` says what pixels they count.
+        Args:
+            path: of the picture. A table knows it by its path relative to the table, or by its bare name.
+            frame: the pixels that the coordinates of a table refer to.
 
         Raises:
-            BadPictureError: no picture; a face was searched for, and not found; or the row cannot be used.
+            BadPictureError: the file is no picture, the detector finds no face in it, or its row of the table cannot be used.
             OSError: the file cannot be read.
         """
         face = read_face(path.read_bytes(), self._row(path), frame=frame)
@@ -221,7 +238,7 @@ class LandmarkSource:
             return face
         (points,) = self._finder.find([face.image], [None])
         if points is None:
-            raise BadPictureError("no face was found in it; with --landmarks none the picture itself is taken as a face")
+            raise BadPictureError("no face was found in it; with --landmarks none the whole picture is taken as a face")
         return dataclasses.replace(face, landmarks=points)
 
     def _row(self, path: Path) -> Points | None:
@@ -241,40 +258,40 @@ def five_points(landmarks: Points) -> Points:
     return np.stack([landmarks[36:42].mean(axis=0), landmarks[42:48].mean(axis=0), landmarks[30], landmarks[48], landmarks[54]])
 
 
-def prepare_face(source: Source, landmarks: LandmarkSource, *, preparation: Preparation | None, align: bool | None) -> _Face:
-    """Read a picture and bring its face to the stored pixels, as `bench.prepare.pack` does with the training's pictures.
+def prepare_face(file: PictureFile, landmarks: LandmarkSource, *, preparation: Preparation | None, align: bool | None) -> PreparedFace:
+    """Read a picture and prepare its face, as `bench.prepare.pack` does with the training's pictures.
 
     Args:
-        source: the picture.
-        landmarks: where they come from.
-        preparation: of the training's pictures; None where it is not known: then the default options are assumed.
-        align: where there are landmarks, turn, scale and cut by them; else the whole picture is kept, with black borders. None: as the
-            training's pictures were; where that is not known, align where the face is searched for.
+        file: the picture.
+        landmarks: their source.
+        preparation: of the training's pictures. None: not known; the default options are assumed.
+        align: True: turn, scale and cut the face by its landmarks, if it has any. False: keep the whole picture, with black borders.
+            None: as the training's pictures were; where that is not known, align if the face is searched for.
 
     Raises:
-        BadPictureError: it is no picture, or its landmarks cannot be used.
-        OSError: it cannot be read.
+        BadPictureError: the file is no picture, or its landmarks cannot be used.
+        OSError: the file cannot be read.
     """
-    how = preparation or DEFAULT
-    face = landmarks.face(source.path, frame=how.landmark_frame)
+    options = preparation or DEFAULT
+    face = landmarks.face(file.path, frame=options.landmark_frame)
     if align is None:
         align = landmarks.finds if preparation is None else preparation.aligned
     prepared: Prepared = "letterboxed"
     if align and face.landmarks is not None:
         try:
-            aligned = align_face(face.image, five_points(face.landmarks), size=how.size)
+            aligned = align_face(face.image, five_points(face.landmarks), size=options.size)
         except ValueError as error:
             raise BadPictureError(f"cannot be aligned by its landmarks: {error}") from error
         face = Face(image=aligned.image, landmarks=carry_over(face.landmarks, aligned.matrix))
         prepared = "aligned"
-    stored = store_face(face, size=how.size, quality=how.quality)
+    stored = store_face(face, size=options.size, quality=options.quality)
     image = decode_jpeg(stored.jpg).permute(1, 2, 0).numpy()
     deviation = _deviation(preparation, prepared=prepared)
-    return _Face(source=source, image=image, landmarks=stored.landmarks, prepared=prepared, deviation=deviation)
+    return PreparedFace(file=file, image=image, landmarks=stored.landmarks, prepared=prepared, deviation=deviation)
 
 
 def _deviation(preparation: Preparation | None, *, prepared: Prepared) -> str | None:
-    """In what a picture is prepared otherwise than those of the training, in words; None: in nothing."""
+    """How the preparation of a picture differs from that of the training's pictures, in words; None: it does not."""
     if preparation is None:
         return (
             f"how the training's pictures were prepared is not known; assumed: {DEFAULT.size} x {DEFAULT.size} pixels, "
@@ -288,7 +305,7 @@ def _deviation(preparation: Preparation | None, *, prepared: Prepared) -> str | 
 
 
 def explain(
-    sources: Sequence[Source],
+    files: Sequence[PictureFile],
     restored: Restored,
     *,
     methods: Mapping[str, Method],
@@ -298,52 +315,60 @@ def explain(
     device: torch.device,
     out: Path,
     failed: Sequence[Failed] = (),
-) -> Iterator[Explained | Failed]:
-    """Explain pictures one after the other, and write what is seen: ``<out>/<name>/*.png``, and at the end ``<out>/explanation.json``.
+) -> Iterator[Explanation | Failed]:
+    """Explain pictures one after the other. Writes ``<out>/<name>/*.png`` for each, and at the end ``<out>/explanation.json``.
 
     Where no picture can be explained, nothing is written.
 
     Args:
-        sources: the pictures.
+        files: the pictures.
         restored: the network.
         methods: name -> read-out.
-        classes: those whose maps are wanted beside that of the predicted class.
-        landmarks: where they come from.
+        classes: classes whose maps are drawn besides that of the predicted class.
+        landmarks: their source.
         align: see `prepare_face`.
         device: to compute on.
-        out: a folder that is empty, or is not there yet.
-        failed: what could not be explained before, for the report.
+        out: a folder that is empty or does not exist yet.
+        failed: pictures that have failed before, for the report.
 
     Yields:
         Each picture when it is done.
 
     Raises:
-        ValueError: a class that the network does not know, or a folder that holds something: nothing is overwritten.
+        ValueError: a class that the network does not know, or an output folder that is not empty.
     """
     for name in classes:
         if name not in restored.classes:
-            raise ValueError(f"--class {name}: this network does not know it.{did_you_mean(name, restored.classes)}")
+            raise ValueError(f"--class {name}: this network does not know this class.{did_you_mean(name, restored.classes)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} is there already and is not an empty folder; nothing is overwritten: choose another")
+        raise ValueError(f"--out {out} exists and is not an empty folder; nothing is overwritten: choose another folder")
     network = _Network(restored, methods, device)
-    wanted = [restored.classes.index(name) for name in classes]
-    done: list[Explained] = []
-    lost = list(failed)
-    for start in range(0, len(sources), BATCH):
-        faces: list[_Face] = []
-        for source in sources[start : start + BATCH]:
+    labels = [restored.classes.index(name) for name in classes]
+    explanations: list[Explanation] = []
+    failures = list(failed)
+    for start in range(0, len(files), BATCH):
+        faces: list[PreparedFace] = []
+        for file in files[start : start + BATCH]:
             try:
-                faces.append(prepare_face(source, landmarks, preparation=restored.preparation, align=align))
+                faces.append(prepare_face(file, landmarks, preparation=restored.preparation, align=align))
             except (BadPictureError, OSError) as error:
-                lost.append(Failed(path=source.path, reason=str(error)))
-                yield lost[-1]
-        for explained in network.explain(faces, wanted, out=out) if faces else ():
-            done.append(explained)
-            yield explained
-    if not done:
-        return
+                failures.append(Failed(path=file.path, reason=str(error)))
+                yield failures[-1]
+        for explanation in network.explain(faces, labels, out=out) if faces else ():
+            explanations.append(explanation)
+            yield explanation
+    if explanations:
+        results = {
+            "pictures": [explanation.facts for explanation in explanations],
+            "failed": [{"picture": str(failure.path), "reason": failure.reason} for failure in failures],
+        }
+        write_json_atomic(out / REPORT, _header(restored, methods, landmarks) | results)
+
+
+def _header(restored: Restored, methods: Mapping[str, Method], landmarks: LandmarkSource) -> dict[str, Any]:
+    """The part of the report that all pictures share."""
     training = restored.training
-    report = {
+    return {
         "bench": __version__,
         "training": training.key,
         "trained": {
@@ -359,11 +384,21 @@ def explain(
         "methods": {name: method.options.model_dump(mode="json") for name, method in methods.items()},
         "landmarks": landmarks.facts,
         "preparation": None if restored.preparation is None else restored.preparation.model_dump(mode="json"),
-        "au_maps": network.au_variant,
-        "pictures": [explained.facts for explained in done],
-        "failed": [{"picture": str(failure.path), "reason": failure.reason} for failure in lost],
+        "au_maps": AU_VARIANT,
     }
-    write_json_atomic(out / REPORT, report)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _ClassMaps:
+    """The maps of one class for each face of a batch.
+
+    Shapes: ``labels`` (B,); ``maps``: method -> (B, h, w), raw; ``au_maps`` (B, size, size); ``au_valid`` (B,) bool.
+    """
+
+    labels: Tensor
+    maps: Mapping[str, Tensor]
+    au_maps: Tensor
+    au_valid: Tensor
 
 
 class _Network:
@@ -375,104 +410,81 @@ class _Network:
         self.methods = methods
         self.device = device
         self.size = int(restored.training.settings["images"]["size"])
-        self.au_variant = EvaluationConfig().au_maps
 
-    def explain(self, faces: Sequence[_Face], wanted: Sequence[int], *, out: Path) -> Iterator[Explained]:
-        """Each of some faces, its maps for the predicted class and for those ``wanted``."""
+    def explain(self, faces: Sequence[PreparedFace], labels: Sequence[int], *, out: Path) -> Iterator[Explanation]:
+        """Draw and describe each face: its maps for the predicted class, and for the classes of these ``labels``."""
         stored = torch.from_numpy(np.stack([face.image for face in faces])).permute(0, 3, 1, 2).to(self.device)
-        backbone = self.classifier.backbone
-        images = eval_images(stored, size=self.size, mean=backbone.mean, std=backbone.std)
-        graph = any(method.needs_grad for method in self.methods.values())
-        with contextlib.nullcontext() if graph else torch.inference_mode():
-            output = self.classifier(images)
-            output.images = images
-            check_finite(output.logits, label=", ".join(str(face.source.path) for face in faces))
+        with grad_mode(self.methods.values()):
+            images = network_input(self.classifier, stored, size=self.size)
+            output = forward(self.classifier, images, label=", ".join(str(face.file.path) for face in faces))
             predicted = output.logits.argmax(dim=1)
-            # Class of each face, method -> maps, AU maps; the predicted class first.
-            looks = [self._look(output, faces, predicted)]
-            looks += [self._look(output, faces, torch.full_like(predicted, label)) for label in wanted]
-        shares = output.logits.detach().double().softmax(dim=1).tolist()
+            columns = [predicted, *(torch.full_like(predicted, label) for label in labels)]
+            class_maps = [self._read_out(output, faces, column) for column in columns]
+        probabilities = output.logits.detach().double().softmax(dim=1).tolist()
         for i, face in enumerate(faces):
-            seen: dict[int, _Look] = {}
-            for look in looks:
-                seen.setdefault(int(look.labels[i]), look)
-            yield self._write(face, i, seen, shares[i], out=out)
+            maps_of: dict[int, _ClassMaps] = {}
+            for maps in class_maps:
+                maps_of.setdefault(int(maps.labels[i]), maps)
+            yield Explanation(file=face.file, facts=self._facts(face, probabilities[i], self._draw(face, i, maps_of, out / face.file.name)))
 
-    def _look(self, output: Output, faces: Sequence[_Face], labels: Tensor) -> _Look:
+    def _read_out(self, output: Output, faces: Sequence[PreparedFace], labels: Tensor) -> _ClassMaps:
         missing = np.full((68, 2), np.nan)
         points = torch.from_numpy(np.stack([missing if face.landmarks is None else face.landmarks for face in faces])).float()
-        points = eval_landmarks(points.to(self.device), stored=len(faces[0].image), size=REFERENCE_FRAME)
         expressions = expression_ids(self.classes).to(self.device)[labels]
-        au = action_unit_maps(points, expressions, frame=REFERENCE_FRAME, size=self.size, variant=self.au_variant)
-        return _Look(
-            labels=labels,
-            maps={name: read_maps(method, self.classifier, output, labels) for name, method in self.methods.items()},
-            au_maps=au.maps,
-            au_valid=au.valid,
-        )
+        stored = len(faces[0].image)
+        au = stored_au_maps(points.to(self.device), expressions, stored=stored, size=self.size, variant=AU_VARIANT)
+        maps = {name: read_out(method, self.classifier, output, labels) for name, method in self.methods.items()}
+        return _ClassMaps(labels=labels, maps=maps, au_maps=au.maps, au_valid=au.valid)
 
-    def _write(self, face: _Face, i: int, looks: Mapping[int, _Look], shares: Sequence[float], *, out: Path) -> Explained:
-        folder = out / face.source.name
+    def _draw(self, face: PreparedFace, i: int, class_maps: Mapping[int, _ClassMaps], folder: Path) -> list[dict[str, Any]]:
+        """Write the pictures of the face at place ``i`` of its batch; returns the report's entry of each map."""
         folder.mkdir(parents=True)
         side = len(face.image)
         picture = Image.fromarray(face.image)
         _write_png(folder / "face.png", picture)
-        maps: list[dict[str, Any]] = []
-        for label, look in looks.items():
+        entries: list[dict[str, Any]] = []
+        for label, of_class in class_maps.items():
             name = self.classes[label]
             stem = f"{label}-{_file_name(name)}"
-            au_map = look.au_maps[i : i + 1] if look.au_valid[i] else None
+            au_map = of_class.au_maps[i : i + 1] if of_class.au_valid[i] else None
             if au_map is not None:
                 _write_png(folder / f"{stem}-au-map.png", overlay(picture, upsample(au_map, size=side)[0].cpu().numpy()))
-            for method, raw in look.maps.items():
-                if not bool(raw[i].isfinite().all()):
-                    maps.append({"class": name, "method": method, "file": None, "error": NOT_FINITE})
+            for method, maps in of_class.maps.items():
+                raw = maps[i : i + 1]
+                if not bool(raw.isfinite().all()):
+                    entries.append({"class": name, "method": method, "file": None, "error": NOT_FINITE})
                     continue
                 file = f"{stem}-{method}.png"
-                shown = upsample(min_max(raw[i : i + 1]), size=side)[0].cpu().numpy()
+                shown = enlarged(raw, size=side)[0].cpu().numpy()
                 _write_png(folder / file, overlay(picture, shown))
-                cosine = None if au_map is None else float(map_cosines(raw[i : i + 1], au_map))
-                maps.append({"class": name, "method": method, "file": file, **_statistics(raw[i], shown), "au_cosine": cosine})
-        prediction = max(range(len(shares)), key=shares.__getitem__)
-        return Explained(
-            source=face.source,
-            facts={
-                "picture": str(face.source.path),
-                "folder": face.source.name,
-                "face": face.prepared,
-                "as_trained": face.deviation is None,
-                "deviation": face.deviation,
-                "landmarks": face.landmarks is not None,
-                "prediction": self.classes[prediction],
-                "probabilities": dict(zip(self.classes, shares, strict=True)),
-                "maps": maps,
-            },
-        )
+                cosine = None if au_map is None else float(map_cosines(raw, au_map))
+                entries.append({"class": name, "method": method, "file": file, **_statistics(raw[0], shown), "au_cosine": cosine})
+        return entries
 
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Look:
-    """The maps of one class of each face of a batch."""
-
-    labels: Tensor
-    """(B,)."""
-    maps: Mapping[str, Tensor]
-    """Method -> (B, h, w), raw."""
-    au_maps: Tensor
-    """(B, size, size)."""
-    au_valid: Tensor
-    """(B,) bool."""
+    def _facts(self, face: PreparedFace, probabilities: Sequence[float], maps: list[dict[str, Any]]) -> dict[str, Any]:
+        """The report's entry of a picture."""
+        return {
+            "picture": str(face.file.path),
+            "folder": face.file.name,
+            "face": face.prepared,
+            "as_trained": face.deviation is None,
+            "deviation": face.deviation,
+            "landmarks": face.landmarks is not None,
+            "prediction": self.classes[probabilities.index(max(probabilities))],
+            "probabilities": dict(zip(self.classes, probabilities, strict=True)),
+            "maps": maps,
+        }
 
 
 def _statistics(raw: Tensor, shown: npt.NDArray[np.float32]) -> dict[str, Any]:
-    """Range of the raw map; of the map as shown, the place of its maximum and its size above one half."""
+    """Range and mean of the raw map (h, w); of the map as shown (S, S), the place of its maximum and the share above one half."""
     low, high, mean = (float(value) for value in (raw.min(), raw.max(), raw.mean()))
     row, column = np.unravel_index(int(shown.argmax()), shown.shape)
     return {
         "grid": list(raw.shape),
         "minimum": low,
         "maximum": high,
-        "mean": mean if math.isfinite(mean) else None,  # of values whose sum is too large
+        "mean": mean if math.isfinite(mean) else None,  # the sum of large values may overflow
         "constant": low == high,
         "peak": [int(column), int(row)],
         "share_above_half": float((shown > 0.5).mean()),
@@ -480,7 +492,7 @@ def _statistics(raw: Tensor, shown: npt.NDArray[np.float32]) -> dict[str, Any]:
 
 
 def _file_name(text: str) -> str:
-    """Letters and digits of any alphabet; no leading dot, and nothing that a file system takes for more than a name."""
+    """A safe file name: letters, digits, ``_``, ``.`` and ``-`` only, no leading dot."""
     return re.sub(r"[^\w.-]+", "_", text)[:_LONGEST_NAME].lstrip(".") or "picture"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,11 +11,11 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from bench.au.codebook import REFERENCE_FRAME
 from bench.au.maps import action_unit_maps, expression_ids
 from bench.data.batch import RawBatch, Reader
-from bench.data.transforms import eval_images, eval_landmarks
-from bench.evaluation.maps import min_max, read_maps, upsample
+from bench.evaluation.maps import enlarged, stored_au_maps
+from bench.evaluation.parts import combine, convert
+from bench.evaluation.read_out import forward, grad_mode, network_input, read_out
 from bench.matrix import Cell
 from bench.method import METHODS
 from bench.reporting.tables.leaderboard import GUIDANCE, GUIDANCE_TITLES, table_order
@@ -31,14 +32,14 @@ _HEADING = 36
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Faces:
-    """The faces shown, one per expression."""
+class ExpressionFaces:
+    """The faces of a gallery, one for each expression."""
 
     names: tuple[str, ...]
     batch: RawBatch
 
 
-def choose_faces(reader: Reader, *, skip: int = 0) -> Faces:
+def choose_faces(reader: Reader, *, skip: int = 0) -> ExpressionFaces:
     """The first sample of each expression that has an AU map, after ``skip`` of them.
 
     Raises:
@@ -46,70 +47,68 @@ def choose_faces(reader: Reader, *, skip: int = 0) -> Faces:
     """
     ids = expression_ids(reader.classes)
     left = {label: skip for label in range(len(reader.classes)) if ids[label] > 0}
-    found: dict[int, RawBatch] = {}
+    chosen: dict[int, RawBatch] = {}
     for raw in reader.eval_batches(rank=0, world_size=1, batch_size=64):
         _, valid = action_unit_maps(raw.landmarks, ids[raw.labels], frame=raw.images.shape[-1], size=28, variant="symmetric")
         for i in valid.nonzero().flatten().tolist():
             label = int(raw.labels[i])
-            if label not in found and left[label] == 0:
-                found[label] = RawBatch(**{f.name: getattr(raw, f.name)[i : i + 1] for f in dataclasses.fields(raw)})
+            if label not in chosen and left[label] == 0:
+                chosen[label] = convert(raw, operator.itemgetter(slice(i, i + 1)))
             left[label] = max(0, left[label] - 1)
-        if len(found) == len(left):
+        if len(chosen) == len(left):
             break
-    if not found:
+    if not chosen:
         raise ValueError("no face with an AU map: none of the classes is an expression, or no face has landmarks")
-    labels = sorted(found)
-    parts = [found[label] for label in labels]
-    batch = RawBatch(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(RawBatch)})
-    return Faces(names=tuple(reader.classes[label] for label in labels), batch=batch)
+    labels = sorted(chosen)
+    batch = combine([chosen[label] for label in labels], lambda tensors: torch.cat(list(tensors)))
+    return ExpressionFaces(names=tuple(reader.classes[label] for label in labels), batch=batch)
 
 
-def draw_gallery(plan: Plan, faces: Faces, reader: Reader, *, fingerprint: str, seed: int, cell: int = 72) -> Image.Image:
+def draw_gallery(plan: Plan, faces: ExpressionFaces, reader: Reader, *, fingerprint: str, seed: int, cell: int = 72) -> Image.Image:
     """Rows: the face, its AU map, one row a method. Columns: each expression, without and with guidance.
 
-    Maps are of the true class, min-max scaled, laid over the face as heat. Trainings that are not finished are left blank.
+    Maps are of the true class, min-max scaled, laid over the face as heat. Cells of trainings that are not finished stay blank.
 
     Args:
-        plan: whose trainings are shown.
-        faces: of `choose_faces`.
-        reader: of the split they are from.
+        plan: the trainings.
+        faces: see `choose_faces`.
+        reader: of the split that the faces are from.
         fingerprint: of the dataset.
         seed: of the trainings.
-        cell: side of a picture of the sheet, in pixels.
+        cell: side of one picture of the sheet, in pixels.
 
     Raises:
-        ValueError: nothing of the plan is trained yet.
+        ValueError: no training of the plan is finished.
     """
     cells = [c for c in plan.matrix.cells if c.training.dataset.fingerprint == fingerprint and c.training.seed == seed]
     store = Store(plan.settings.config.run.results)
-    maps = _maps(cells, faces, reader, store)
+    maps = _maps(cells, faces.batch, store, num_classes=len(reader.classes))
     if not maps:
-        raise ValueError(f"nothing is trained yet for this data, seed {seed}, in {store.root}; first: bench run")
+        raise ValueError(f"nothing is trained for this data with seed {seed} in {store.root}; run bench run first")
+    batch, variant = faces.batch, plan.settings.config.evaluation.au_maps
+    size, expressions = batch.images.shape[-1], expression_ids(reader.classes)[batch.labels]
+    au_maps = stored_au_maps(batch.landmarks, expressions, stored=size, size=size, variant=variant).maps.numpy()
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in batch.images]
     rows = sorted({(c.method, c.training.backbone) for c in cells}, key=lambda row: (table_order(row[0]), row[1]))
-    size = faces.batch.images.shape[-1]
-    landmarks = eval_landmarks(faces.batch.landmarks, stored=size, size=REFERENCE_FRAME)
-    ids = expression_ids(reader.classes)[faces.batch.labels]
-    au = action_unit_maps(landmarks, ids, frame=REFERENCE_FRAME, size=size, variant=plan.settings.config.evaluation.au_maps).maps.numpy()
-    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in faces.batch.images]
 
-    pair = 2 * cell + _GAP
-    sheet = Image.new("RGB", (_LABEL + len(faces.names) * (pair + 2 * _GAP), _HEADING + (2 + len(rows)) * (cell + _GAP)), "white")
+    width, step = 2 * cell + 3 * _GAP, cell + _GAP
+    sheet = Image.new("RGB", (_LABEL + len(faces.names) * width, _HEADING + (2 + len(rows)) * step), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(12)
     titles = ["face", "AU map", *(METHODS.get(method).info.title for method, _ in rows)]
     for number, title in enumerate(titles):
-        draw.text((4, _HEADING + number * (cell + _GAP) + cell // 2 - 8), title, "black", font=font)
+        draw.text((4, _HEADING + number * step + cell // 2 - 8), title, "black", font=font)
     for column, name in enumerate(faces.names):
-        left = _LABEL + column * (pair + 2 * _GAP)
+        left, picture = _LABEL + column * width, pictures[column]
         draw.text((left, 2), name, "black", font=font)
         for half, guidance in enumerate(GUIDANCE):
-            x = left + half * (cell + _GAP)
+            x = left + half * step
             draw.text((x, 18), GUIDANCE_TITLES[guidance], "dimgray", font=font)
-            tiles: list[Image.Image | None] = [pictures[column], overlay(pictures[column], au[column])]
-            tiles += [overlay(pictures[column], maps[m, b, guidance][column]) if (m, b, guidance) in maps else None for m, b in rows]
+            heats = [au_maps, *(maps.get((method, backbone, guidance)) for method, backbone in rows)]
+            tiles = [picture, *(None if heat is None else overlay(picture, heat[column]) for heat in heats)]
             for row, tile in enumerate(tiles):
                 if tile is not None:
-                    sheet.paste(tile.resize((cell, cell), Image.Resampling.BICUBIC), (x, _HEADING + row * (cell + _GAP)))
+                    sheet.paste(tile.resize((cell, cell), Image.Resampling.BICUBIC), (x, _HEADING + row * step))
     return sheet
 
 
@@ -121,19 +120,17 @@ def overlay(picture: Image.Image, heat: Grey) -> Image.Image:
     return Image.composite(colours, grey, strength.point(lambda value: 40 + value * 0.65))
 
 
-def _maps(cells: Sequence[Cell], faces: Faces, reader: Reader, store: Store) -> dict[tuple[str, str, str], Grey]:
+def _maps(cells: Sequence[Cell], batch: RawBatch, store: Store, *, num_classes: int) -> dict[tuple[str, str, str], Grey]:
+    """(method, backbone, guidance) -> maps (B, S, S) of the true classes, for the cells whose trainings are finished."""
     maps: dict[tuple[str, str, str], Grey] = {}
     for training in {c.training.key: c.training for c in cells}.values():
         if not store.is_trained(training):
             continue
-        classifier = load_trained(training, store.training_folder(training), num_classes=len(reader.classes))
-        backbone = classifier.backbone
-        images = eval_images(faces.batch.images, size=training.settings["images"]["size"], mean=backbone.mean, std=backbone.std)
-        output = classifier(images)
-        output.images = images
-        for cell in cells:
-            if cell.training.key == training.key:
-                raw = read_maps(build_reader(cell), classifier, output, faces.batch.labels)
-                shown = upsample(min_max(raw), size=faces.batch.images.shape[-1])
-                maps[cell.method, training.backbone, training.guidance] = shown.numpy()
+        classifier = load_trained(training, store.training_folder(training), num_classes=num_classes)
+        readers = {cell.method: build_reader(cell) for cell in cells if cell.training.key == training.key}
+        with grad_mode(readers.values()):
+            output = forward(classifier, network_input(classifier, batch.images, size=training.settings["images"]["size"]))
+            for name, method in readers.items():
+                shown = enlarged(read_out(method, classifier, output, batch.labels), size=batch.images.shape[-1])
+                maps[name, training.backbone, training.guidance] = shown.numpy()
     return maps

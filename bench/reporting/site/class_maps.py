@@ -11,7 +11,7 @@ from bench.sweep.store import MAPS
 
 
 def maps_of(folder: Path, record: Record) -> AverageMaps | None:
-    """The average maps of a finished cell; None if its record is older than they.
+    """The average maps of a finished cell; None if its record is older than average maps.
 
     Raises:
         ValueError: the file is missing, is not the one the record was written with, or is not of the record's classes and samples.
@@ -20,12 +20,12 @@ def maps_of(folder: Path, record: Record) -> AverageMaps | None:
         return None
     path = folder / MAPS
     if not path.is_file():
-        raise ValueError(f"{path} is missing, though the record beside it has its hash: bring it back, or run the cell again")
+        raise ValueError(f"{path} is missing, but the record beside it has its hash: restore the file, or run the cell again")
     if file_sha256(path) != record.maps_sha256:
-        raise ValueError(f"{path} is not the file its record was written with: one of them was changed; see bench verify {folder}")
+        raise ValueError(f"{path} does not match the hash in its record: one of the two was changed. Run bench verify {folder}")
     maps = read_average_maps(path)
-    for name, found, wanted in maps.misfits(classes=len(record.data.classes), examples=len(maps.example_position)):
-        raise ValueError(f"{path}: {name!r} is {found}, it should be {wanted}; see bench verify {folder}")
+    for name, form, wanted in maps.misfits(classes=len(record.data.classes), examples=len(maps.example_position)):
+        raise ValueError(f"{path}: {name!r} is {form}, it should be {wanted}; see bench verify {folder}")
     if not all(0 <= position < record.data.samples for position in maps.example_position.tolist()):
         raise ValueError(f"{path}: its examples are not of {record.data.samples} samples; see bench verify {folder}")
     return maps

@@ -32,7 +32,7 @@ class Faces:
 
 
 class Prepared:
-    """The prepared datasets below a folder, found by what is in them, not by their name."""
+    """The prepared datasets below a folder, by fingerprint."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -49,24 +49,24 @@ class Prepared:
 
 
 def load_faces(prepared: Prepared, record: Record, positions: Sequence[int], *, allow: bool) -> Faces | str:
-    """The test faces at these positions, or, in words, why they are not shown.
+    """The test faces at these positions, or a sentence that says why they are not shown.
 
     Args:
         prepared: where to look.
         record: of a cell that was tested on them.
         positions: in its test split.
-        allow: show pictures that the project did not draw itself, too; their licences mostly forbid to publish them.
+        allow: also show pictures that the project did not draw itself. Most licences forbid their publication.
 
     Raises:
         ValueError: a prepared dataset is damaged.
     """
     if not (allow or _is_embedded(record.data.entry)):
         return f"The faces are not shown: pictures of {record.cell.dataset} are not ours to publish."
-    found = prepared.find(record.data.fingerprint)
-    if found is None:
-        return f"The faces are not shown: the prepared data ({record.data.fingerprint[:8]}) were not at hand when this page was made."
-    folder, index = found
-    # What the folder itself says counts: a record can claim any entry.
+    dataset = prepared.find(record.data.fingerprint)
+    if dataset is None:
+        return f"The faces are not shown: the prepared data ({record.data.fingerprint[:8]}) were not available when this page was made."
+    folder, index = dataset
+    # The entry in the index of the folder decides: a record can claim any entry.
     if not (allow or _is_embedded(index.entry)):
         return f"The faces are not shown: pictures of {index.name} are not ours to publish."
     split = index.splits[record.data.split]

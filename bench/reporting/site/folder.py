@@ -1,4 +1,4 @@
-"""Puts a whole site in place of the last one, and touches nothing else."""
+"""Replaces a whole site at once, and touches no other file."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from pathlib import Path
 from bench.io import fsync_folder, temporary_folder, write_json_atomic
 
 MARKER = ".bench-site.json"
-"""Says that a folder is a site, and which files are its own."""
+"""File that marks a folder as a site, and lists the files of the site."""
 
 
 def check_site_folder(out: Path) -> None:
-    """See that a site may be put there.
+    """Check that a site may be written to a folder.
 
     Raises:
-        ValueError: something that is not of a site made by this program is there; it stays as it is.
+        ValueError: the folder holds files that are not of a site made by this program. They stay as they are.
     """
     if not out.exists():
         return
     if not out.is_dir():
-        raise ValueError(f"--site {out}: a file is there; give a folder")
-    there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
-    if not there:
+        raise ValueError(f"--site {out} is a file: give a folder")
+    present = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if not present:
         return
     marker = out / MARKER
     if not marker.is_file():
         raise ValueError(
-            f"--site {out}: the folder is not empty and not a site made by bench publish; give another one, or empty it yourself"
+            f"--site {out}: the folder is not empty and not a site made by bench publish; give another folder, or empty it yourself"
         )
     try:
         own = set(json.loads(marker.read_text(encoding="utf-8"))["files"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--site {out}: its {MARKER} is damaged, so that nobody knows what is whose; give another folder") from error
-    foreign = sorted(there - own - {MARKER})
+        raise ValueError(f"--site {out}: its {MARKER} is damaged, so the files of the site are unknown; give another folder") from error
+    foreign = sorted(present - own - {MARKER})
     if foreign:
-        raise ValueError(f"--site {out}: {foreign[0]} is not of the site that is there ({len(foreign)} such files); move it away first")
+        raise ValueError(f"--site {out}: {foreign[0]} does not belong to the site ({len(foreign)} such files); move it away first")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What the pages show, as plain data for the templates: every number is made text here, and no text is made HTML."""
+"""Content of the pages as plain data for the templates. Numbers become text here; no text becomes HTML."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from typing import Any
 
 from bench.evaluation.statistics import Interval
 from bench.reporting.site.figures import Picture
-from bench.reporting.tables.evidence import METRICS, Metric
-from bench.reporting.tables.leaderboard import GUIDANCE, GUIDANCE_TITLES, TITLES, Row, Stat, Table
-from bench.reporting.tables.render import Style, row_name, show
+from bench.reporting.tables.evidence import Metric
+from bench.reporting.tables.grid import Style
+from bench.reporting.tables.leaderboard import FIGURES, GUIDANCE, GUIDANCE_TITLES, TITLES, Row, Stat, Table
+from bench.reporting.tables.render import row_name, show
 from bench.sweep.record import Record
 
 STRONG = ("\ue001", "\ue002")
-"""Around what is bold: characters that the `marks` filter of the templates makes HTML, after escaping."""
+"""Characters around bold text. The `marks` filter of the templates turns them into HTML, after escaping."""
 STYLE = Style(best=f"{STRONG[0]}{{}}{STRONG[1]}", tied="{} ≈")
 NOTHING = "\N{EN DASH}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A link with what it is called where there is no room for all of it, and in full."""
+    """A link with its short and its full text."""
 
     href: str
     text: str
@@ -103,7 +104,7 @@ def maps_page(number: int, table: Table) -> str:
 
 def board_row(row: Row, records: Mapping[str, Record]) -> BoardRow:
     """A row of the leaderboard; ``records`` by key."""
-    mine = sorted((records[key] for key in row.keys), key=lambda record: record.cell.seed)
+    members = sorted((records[key] for key in row.keys), key=lambda record: record.cell.seed)
     runs = {
         GUIDANCE_TITLES[guidance]: tuple(
             Link(
@@ -111,7 +112,7 @@ def board_row(row: Row, records: Mapping[str, Record]) -> BoardRow:
                 text=str(record.cell.seed),
                 full=f"{row.title}, {row.backbone}, {GUIDANCE_TITLES[guidance]}, seed {record.cell.seed}",
             )
-            for record in mine
+            for record in members
             if record.cell.guidance == guidance
         )
         for guidance in GUIDANCE
@@ -120,14 +121,14 @@ def board_row(row: Row, records: Mapping[str, Record]) -> BoardRow:
         title=row.title,
         name=row_name(row, style=STYLE),
         backbone=row.backbone,
-        cells=tuple(_board_cell(metric, row.stats.get((metric, guidance))) for metric in METRICS for guidance in GUIDANCE),
+        cells=tuple(_board_cell(metric, row.stats.get((metric, guidance))) for metric, guidance in FIGURES),
         runs=tuple((guidance, links) for guidance, links in runs.items() if links),
     )
 
 
 def board_heads() -> tuple[str, ...]:
     """Headings of the figures of a leaderboard, in the order of `BoardRow.cells`."""
-    return tuple(f"{TITLES[metric]} {GUIDANCE_TITLES[guidance]}" for metric in METRICS for guidance in GUIDANCE)
+    return tuple(f"{TITLES[metric]} {GUIDANCE_TITLES[guidance]}" for metric, guidance in FIGURES)
 
 
 def _board_cell(metric: Metric, stat: Stat | None) -> BoardCell:
@@ -222,26 +223,26 @@ def per_class(record: Record) -> Grid:
 
 
 def invariance(record: Record) -> Grid | None:
-    """How far logits and maps depend on the batch they are computed in; None in records older than that check."""
+    """How much logits and maps change with the batch they are computed in; None for records older than that check."""
     if record.invariance is None:
         return None
-    found = record.invariance
-    heads = tuple(found["logits"])
+    check = record.invariance
+    heads = tuple(check["logits"])
     return Grid(
-        caption=f"Largest difference of {found['samples']} samples computed in other batches (of maps the largest but one, as rounding may "
-        f"decide a tie); {found['tolerance']:g} is tolerated: "
-        + ("this holds." if found["holds"] else "this does not hold, the figures depend on how samples were batched."),
+        caption=f"Largest difference of {check['samples']} samples computed in other batches (of maps the largest but one, as rounding may "
+        f"decide a tie); {check['tolerance']:g} is tolerated: "
+        + ("this holds." if check["holds"] else "this does not hold, the figures depend on how samples were batched."),
         corner="Of",
         heads=tuple(head.replace("_", " ") for head in heads),
         rows=tuple(
-            (name, tuple(GridCell(text=f"{found[name][head]:.1e}" if found[name][head] else "0") for head in heads))
+            (name, tuple(GridCell(text=f"{check[name][head]:.1e}" if check[name][head] else "0") for head in heads))
             for name in ("logits", "maps")
         ),
     )
 
 
 def provenance(record: Record) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
-    """Everything needed to believe it and to repeat it: heading -> (name, value)."""
+    """Everything needed to check and to repeat a cell: heading -> (name, value)."""
     code, data = record.code, record.data
     return (
         (

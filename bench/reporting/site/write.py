@@ -1,4 +1,4 @@
-"""Records -> the files of a site."""
+"""From records to the files of a site."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 import bench
-from bench.audit.stamp import is_verified
 from bench.evaluation.class_maps import SIDE, AverageMaps, Bytes
 from bench.evaluation.statistics import LEVEL
 from bench.reporting.site import pages
@@ -22,13 +21,12 @@ from bench.reporting.site.class_maps import maps_of
 from bench.reporting.site.faces import Prepared, load_faces
 from bench.reporting.site.figures import CURVES, SCALE, Picture, draw_curves, draw_faces, draw_strip, tile_size
 from bench.reporting.site.folder import check_site_folder, fresh_site
-from bench.reporting.tables.evidence import METRICS, Metric, Run, load_samples
+from bench.reporting.tables.evidence import METRICS, Metric, Run, load_runs
 from bench.reporting.tables.leaderboard import GUIDANCE, GUIDANCE_TITLES, TITLES, Row, Stat, Table, build_tables, figure
 from bench.reporting.tables.ranking import rank
 from bench.reporting.tables.references import Reference, beside
 from bench.reporting.tables.render import caption, grids, render, show
 from bench.sweep.record import Record
-from bench.sweep.store import ROWS, read_records
 
 DOWNLOADS = (
     ("leaderboard.csv", "CSV", "csv"),
@@ -44,35 +42,30 @@ def write_site(results: Path, out: Path, *, data: Path, faces: bool = False, ref
 
     Args:
         results: the folder.
-        out: where the site goes: a new or empty folder, or one with a site that this function made.
+        out: folder of the site: new, empty, or with a site that this function made.
         data: folder of prepared datasets, for the faces of the gallery.
-        faces: show faces that the project did not draw itself, too.
-        reference: published figures to put beside ours, in a table of their own and in the files to load down.
+        faces: also show faces that the project did not draw itself.
+        reference: published figures to put beside ours, in a table of their own and in the files to download.
 
     Returns:
         Number of pages.
 
     Raises:
-        ValueError: there is no record, one cannot be read or was changed, or something else is in ``out``.
+        ValueError: there is no record, a record cannot be read or was changed, or ``out`` holds foreign files.
         OSError: ``out`` cannot be written.
     """
     check_site_folder(out)
-    found = list(read_records(results))
-    if not found:
+    runs = list(load_runs(results))
+    if not runs:
         raise ValueError(f"no finished cells in {results} yet; first: bench run --results {results}")
-    runs = [
-        Run(record=record, samples=load_samples(folder / ROWS, record), verified=is_verified(folder), folder=folder)
-        for folder, record in found
-    ]
-    tables = build_tables(runs)
-    site = _Site(found, runs, tables, prepared=Prepared(data), faces=faces, reference=reference)
+    site = _Site(runs, build_tables(runs), prepared=Prepared(data), faces=faces, reference=reference)
     with fresh_site(out) as folder:
         return site.write(folder)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Cell:
-    """A record with what its page needs beside it."""
+    """A run with its average maps."""
 
     run: Run
     maps: AverageMaps | None
@@ -85,7 +78,6 @@ class _Cell:
 class _Site:
     def __init__(
         self,
-        found: Sequence[tuple[Path, Record]],
         runs: Sequence[Run],
         tables: Sequence[Table],
         *,
@@ -93,14 +85,13 @@ class _Site:
         faces: bool,
         reference: Reference | None,
     ) -> None:
-        self._folders: dict[str, Path] = {}
-        for folder, record in found:
-            if record.key in self._folders:
-                raise ValueError(f"{folder} and {self._folders[record.key]} hold the same cell: move one of them away")
-            self._folders[record.key] = folder
-        self._cells = {
-            run.record.key: _Cell(run=run, maps=maps_of(folder, run.record)) for (folder, _), run in zip(found, runs, strict=True)
-        }
+        self._cells: dict[str, _Cell] = {}
+        for run in runs:
+            key = run.record.key
+            if key in self._cells:
+                raise ValueError(f"{run.folder} and {self._cells[key].run.folder} hold the same cell: move one of them away")
+            assert run.folder is not None
+            self._cells[key] = _Cell(run=run, maps=maps_of(run.folder, run.record))
         self._tables = tables
         self._prepared = prepared
         self._faces = faces
@@ -126,14 +117,14 @@ class _Site:
             maps = pages.maps_page(number, table)
             has_maps = self._write_maps(folder, table, maps)
             compared, *further = grids([table], [], reference=self._reference, columns="all", style=pages.STYLE)
-            found = None if self._reference is None else beside(table, self._reference)
-            if self._reference is not None and found is not None and found.figures:
+            published = None if self._reference is None else beside(table, self._reference)
+            if self._reference is not None and published is not None and published.figures:
                 further.insert(0, dataclasses.replace(compared, title=f"{compared.title}: beside {self._reference.title}"))
             boards.append(
                 {
                     "title": table.title,
                     "maps": maps if has_maps else None,
-                    "caption": caption(table, style=pages.STYLE) + (f" {found.words}." if found and not found.figures else ""),
+                    "caption": caption(table, style=pages.STYLE) + (f" {published.words}." if published and not published.figures else ""),
                     "heads": pages.board_heads(),
                     "methods": list(dict.fromkeys(row.title for row in table.rows)),
                     "backbones": table.backbones,
@@ -164,30 +155,30 @@ class _Site:
         self._pages += 1
 
     def _write_cell(self, folder: Path, row: Row, cell: _Cell) -> None:
-        record = cell.record
         try:
             values = self._cell_values(folder, row, cell)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self._folders[record.key]}/record.json lacks what its page shows, or was changed: {error!r}") from error
-        self._page(folder, "cell.html", pages.cell_page(record), **values)
+            raise ValueError(f"{cell.run.folder}/record.json lacks a field that its page shows, or was changed: {error!r}") from error
+        self._page(folder, "cell.html", pages.cell_page(cell.record), **values)
 
     def _cell_values(self, folder: Path, row: Row, cell: _Cell) -> dict[str, object]:
         record = cell.record
         guidance = GUIDANCE_TITLES[record.cell.guidance]
         members = sorted(
-            (self._cells[key] for key in row.keys), key=lambda other: (GUIDANCE.index(other.record.cell.guidance), other.record.cell.seed)
+            (self._cells[key] for key in row.keys),
+            key=lambda cell: (GUIDANCE.index(cell.record.cell.guidance), cell.record.cell.seed),
         )
         siblings = [
             pages.Link(
-                href=pages.cell_page(other.record),
-                text=f"{GUIDANCE_TITLES[other.record.cell.guidance]}, seed {other.record.cell.seed}",
-                full=f"{row.title}, {GUIDANCE_TITLES[other.record.cell.guidance]}, seed {other.record.cell.seed}",
-                current=other is cell,
+                href=pages.cell_page(member.record),
+                text=f"{GUIDANCE_TITLES[member.record.cell.guidance]}, seed {member.record.cell.seed}",
+                full=f"{row.title}, {GUIDANCE_TITLES[member.record.cell.guidance]}, seed {member.record.cell.seed}",
+                current=member is cell,
             )
-            for other in members
+            for member in members
         ]
-        same_seed = [other for other in members if other.record.cell.seed == record.cell.seed]
-        values = {metric: figure(record.metrics, metric, layer=record.attention_layer) for metric in METRICS}
+        same_seed = [member for member in members if member.record.cell.seed == record.cell.seed]
+        values = {metric: figure(record, metric) for metric in METRICS}
         chosen = record.selection
         return {
             "title": f"{row.title}, {guidance}, {record.cell.backbone}, {record.cell.dataset}, seed {record.cell.seed}",
@@ -241,8 +232,8 @@ class _Site:
         lines: list[tuple[str, _Cell, AverageMaps]] = []
         for row in table.rows:
             for guidance in GUIDANCE:
-                mine = (self._cells[key] for key in row.keys)
-                seeds = sorted((c for c in mine if c.record.cell.guidance == guidance), key=lambda cell: cell.record.cell.seed)
+                of_row = (self._cells[key] for key in row.keys)
+                seeds = sorted((c for c in of_row if c.record.cell.guidance == guidance), key=lambda cell: cell.record.cell.seed)
                 first = next(((cell, cell.maps) for cell in seeds if cell.maps is not None), None)
                 if first is not None:
                     name = row.title if len(table.backbones) == 1 else f"{row.title}, {row.backbone}"
@@ -272,28 +263,28 @@ class _Site:
         assert cell.run.samples is not None
         heads = tuple(record.data.classes[label] for label in cell.run.samples.labels[positions].tolist())
         rows: list[tuple[str, Picture]] = []
-        found = load_faces(self._prepared, record, positions.tolist(), allow=self._faces)
+        loaded = load_faces(self._prepared, record, positions.tolist(), allow=self._faces)
         words = "The first test samples of each class."
-        if isinstance(found, str):
-            words += f" {found}"
+        if isinstance(loaded, str):
+            words += f" {loaded}"
         else:
             name, listed = _name(record), ", ".join(heads)
             file = f"figures/faces-{name}.jpg"
-            (folder / file).write_bytes(draw_faces(found.pictures, side=SIDE * SCALE))
+            (folder / file).write_bytes(draw_faces(loaded.pictures, side=SIDE * SCALE))
             rows.append(("Face", Picture(file=file, alt=f"Faces: {listed}.", width=len(heads) * _TILE, height=_TILE)))
             au_alt = f"AU maps of the faces: {listed}."
-            rows.append(("AU map", self._tiles(folder, f"au-of-faces-{name}", found.au_maps, shown=found.has_au_map, alt=au_alt)))
-        for title, other, others in lines:
-            # The file of another release of the data might have chosen others: then it does not belong under these faces.
-            if np.array_equal(others.example_position, positions):
+            rows.append(("AU map", self._tiles(folder, f"au-of-faces-{name}", loaded.au_maps, shown=loaded.has_au_map, alt=au_alt)))
+        for title, of_line, average in lines:
+            # Maps made with another release of the data may be of other samples. They do not belong below these faces.
+            if np.array_equal(average.example_position, positions):
                 alt = f"{title}: maps of the true class of the faces: {', '.join(heads)}."
-                rows.append((title, self._tiles(folder, f"examples-{_name(other.record)}", others.example_map, shown=None, alt=alt)))
+                rows.append((title, self._tiles(folder, f"examples-{_name(of_line.record)}", average.example_map, shown=None, alt=alt)))
         strips = pages.Strips(caption="Maps of the true class of single samples.", heads=heads, rows=tuple(rows))
         return "Examples", "examples", strips, words
 
     def _au_strip(self, folder: Path, record: Record, maps: AverageMaps) -> Picture:
-        shown = [bool(one.any()) for one in maps.au_map]
-        named = [name for name, there in zip(record.data.classes, shown, strict=True) if there]
+        shown = [bool(au_map.any()) for au_map in maps.au_map]
+        named = [name for name, has_map in zip(record.data.classes, shown, strict=True) if has_map]
         return self._tiles(
             folder, f"au-{_name(record)}", maps.au_map, shown=shown, alt=f"Mean maps of the action units of {', '.join(named)}."
         )
@@ -302,10 +293,9 @@ class _Site:
         layer = record.attention_layer
         summary = record.metrics["cam_cos"]["true"] if kind == "map" else record.metrics["att_cos"][str(layer)]
         cosines = ", ".join(f"{name} {entry['mean']:.2f}" for name, entry in summary["per_class"].items() if entry["mean"] is not None)
-        what = "Mean maps" if kind == "map" else f"Mean attention of layer {layer}"
-        alt = (
-            f"{what}, {GUIDANCE_TITLES[record.cell.guidance]}, of {', '.join(record.data.classes)}. Mean cosine with the AU map: {cosines}."
-        )
+        kinds = "Mean maps" if kind == "map" else f"Mean attention of layer {layer}"
+        classes = ", ".join(record.data.classes)
+        alt = f"{kinds}, {GUIDANCE_TITLES[record.cell.guidance]}, of {classes}. Mean cosine with the AU map: {cosines}."
         content: Bytes = getattr(maps, kind)
         return self._tiles(folder, f"{kind}-{_name(record)}", content, shown=[count > 0 for count in maps.count.tolist()], alt=alt)
 

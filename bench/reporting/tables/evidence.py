@@ -1,10 +1,10 @@
-"""The samples behind the rows of a table: how certain a figure is, and which rows cannot be told apart."""
+"""The samples behind the rows of a table: how certain a figure is, and which rows differ significantly."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
@@ -36,27 +36,58 @@ METRICS: tuple[Metric, ...] = ("cl", "cam_cos", "att_cos")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """What one cell gave on every sample of its test split, N of them, in the split's order."""
+    """What one cell gave on each of the N samples of its test split, in the order of the split."""
 
     labels: npt.NDArray[np.int64]
     people: npt.NDArray[np.int64]
     """-1 = unknown."""
     counted: npt.NDArray[np.bool_]
-    """Whether the sample counts in the cosines: it is an expression, and its face gave an AU map."""
+    """(N,): whether the sample counts in the cosines. Its class is an expression, and its face has an AU map."""
     values: Mapping[Metric, npt.NDArray[np.float32]]
-    """Metric -> (N,): 1 or 0 for CL, cosines else, NaN where they do not count."""
+    """Metric -> (N,): 1 or 0 for CL, else cosines, with NaN where they do not count."""
+
+    def bootstrap(self) -> Bootstrap:
+        """Replicates of the split; people are drawn whole where they are known."""
+        return Bootstrap([None if person < 0 else str(person) for person in self.people.tolist()])
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A record, and its samples where they are to be looked at."""
+    """A record, with its samples where they have been read."""
 
     record: Record
     samples: Samples | None = None
     verified: bool = False
-    """Whether the record carries the stamp of who evaluated its weights again."""
+    """Whether the record has a stamp: its weights were evaluated again, with the same result."""
     folder: Path | None = None
-    """Where it lies."""
+    """Of the cell."""
+
+
+_Key = TypeVar("_Key", bound=Hashable)
+_Item = TypeVar("_Item")
+
+
+def grouped(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> dict[_Key, list[_Item]]:
+    """Items by key; keys and items keep their order."""
+    groups: dict[_Key, list[_Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def stacked(runs: Sequence[Run], metric: Metric) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """One metric of M runs on the same N samples.
+
+    Returns:
+        values (M, N); labels (N,), all zero for CL, whose mean is not one over classes; which samples count (N,): for the cosines those
+        that count in every run, as AU maps of another geometry may be missing for other faces.
+    """
+    samples = [run.samples for run in runs if run.samples is not None]
+    values = np.stack([entry.values[metric] for entry in samples])
+    labels = samples[0].labels
+    if metric == "cl":
+        return values, np.zeros_like(labels), np.ones(len(labels), bool)
+    return values, labels, np.logical_and.reduce([entry.counted for entry in samples])
 
 
 def load_runs(root: Path) -> Iterator[Run]:
@@ -79,7 +110,9 @@ def load_samples(path: Path, record: Record) -> Samples:
     table = read_columns(path, ("label", "predicted", "person", "au_valid", "map_cosine_true", attention))
     labels = table["label"]
     if len(labels) != record.data.samples:
-        raise ValueError(f"{path} has {len(labels)} rows, its record {record.data.samples} samples: one of them was changed")
+        raise ValueError(
+            f"{path} has {len(labels)} rows, its record {record.data.samples} samples: a file was changed. Run bench verify {path.parent}"
+        )
     expressions = record.metrics["cam_cos"]["true"]["per_class"]
     expressive = np.array([name in expressions for name in record.data.classes])
     return Samples(
@@ -92,14 +125,14 @@ def load_samples(path: Path, record: Record) -> Samples:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """One column's judgement of one row."""
+    """What the samples say about one figure of a table."""
 
     intervals: tuple[Interval, ...]
-    """Of each seed, for other samples: Wilson for CL, bootstrap for cosines."""
+    """One a seed, over other test samples: Wilson for CL, bootstrap for cosines."""
     standing: Standing
-    """``tied``: cannot be told apart from the best; ``alone``: there is nothing to compare with."""
+    """``tied``: the difference to the best is not significant; ``alone``: the only figure of its column."""
     p_best: float
-    """Of being equal to the best, corrected for all comparisons of the table; 1 for the best itself."""
+    """p value of no difference to the best, corrected for all comparisons of the table; 1 for the best itself."""
 
 
 Column = tuple[Metric, str]
@@ -113,28 +146,27 @@ class Judgement:
     cells: Mapping[tuple[int, Column], Judged]
     """(row, column) -> judgement."""
     wilson_half_width: float
-    """Of the best CL of the table."""
+    """Half the width of the Wilson interval of the best CL of the table."""
     discordant: float | None
-    """Median share of samples on which two rows differ in being right; None for a single row."""
+    """Share of the samples that exactly one of two rows classifies correctly, median over pairs of rows; None for a single row."""
     clusters: int
-    """Independent units of the test split: people where known, else pictures."""
+    """Independent units of the test split: people where they are known, else pictures."""
     comparisons: int
 
 
 def judge(columns: Mapping[Column, Mapping[int, Sequence[Run]]]) -> Judgement:
     """Compare all rows of every column with each other.
 
-    Two rows differ in a column if their difference stands against *sampling* (exact McNemar for CL with one seed, else a bootstrap of the
-    mean over seeds; both over people, where they are known) and, with two seeds or more in common, against *training* (`table_seeds_p`):
-    the larger p counts. Holm's correction is over all comparisons of the table.
+    Two rows differ in a column if the difference is significant for *sampling* (exact McNemar for CL with one seed, else a bootstrap of
+    the mean over seeds; both over people, where they are known) and, with two or more seeds in common, for *training* (`table_seeds_p`).
+    The larger p counts. Holm's correction is over all comparisons of the table.
 
     Args:
-        columns: column -> row -> its runs, one a seed. Every run has samples, all of one test split.
+        columns: column -> row -> its runs, one a seed. Every run has its samples, and all are of one test split.
     """
     first = next(run for rows in columns.values() for runs in rows.values() for run in runs)
     assert first.samples is not None
-    people = first.samples.people
-    boot = Bootstrap([None if person < 0 else str(person) for person in people.tolist()])
+    boot, total = first.samples.bootstrap(), len(first.samples.labels)
     drafts = {column: _Column(column[0], rows, boot) for column, rows in columns.items()}
     pairs = [(column, pair, p) for column, draft in drafts.items() for pair, p in draft.p_values.items()]
     adjusted = {(column, pair): p for (column, pair, _), p in zip(pairs, holm([p for _, _, p in pairs]), strict=True)}
@@ -147,7 +179,7 @@ def judge(columns: Mapping[Column, Mapping[int, Sequence[Run]]]) -> Judgement:
             standing = standing if len(draft.means) > 1 else "alone"
             cells[row, column] = Judged(intervals=draft.intervals[row], standing=standing, p_best=p)
     accuracy = max((mean for (metric, _), draft in drafts.items() if metric == "cl" for mean in draft.means.values()), default=0.0)
-    low, high = wilson_interval(round(accuracy * len(people)), len(people))
+    low, high = wilson_interval(round(accuracy * total), total)
     shares = [share for draft in drafts.values() for share in draft.discordant]
     return Judgement(
         cells=cells,
@@ -161,17 +193,12 @@ def judge(columns: Mapping[Column, Mapping[int, Sequence[Run]]]) -> Judgement:
 class _Column:
     """One metric of all rows: means, intervals, and p values of all pairs.
 
-    There may be thousands of pairs: what they need is computed once for each row, and combined as matrices.
+    There may be thousands of pairs. So what they need is computed once for each row, and combined as matrices.
     """
 
     def __init__(self, metric: Metric, rows: Mapping[int, Sequence[Run]], boot: Bootstrap) -> None:
         runs = [(row, run) for row, group in rows.items() for run in group]
-        first = runs[0][1].samples
-        assert first is not None
-        plain = metric == "cl"
-        labels = np.zeros_like(first.labels) if plain else first.labels
-        counted = np.ones(len(labels), dtype=bool) if plain else first.counted
-        values = np.stack([_values(run, metric) for _, run in runs])
+        values, labels, counted = stacked([run for _, run in runs], metric)
         self._replicates = boot.macro_means(values, labels, counted=counted).astype(np.float32)
         self._clusters = boot.clusters
         self._observed = macro(values, labels, counted=counted)
@@ -181,7 +208,7 @@ class _Column:
         self.means = {row: float(np.mean([self._observed[i] for i in seeds.values()])) for row, seeds in self._of.items()}
         self.intervals = {
             row: tuple(
-                wilson_interval(int(values[i].sum()), len(labels)) if plain else percentile_interval(self._replicates[i])
+                wilson_interval(int(values[i].sum()), len(labels)) if metric == "cl" else percentile_interval(self._replicates[i])
                 for i in seeds.values()
             )
             for row, seeds in self._of.items()
@@ -190,74 +217,60 @@ class _Column:
         self.discordant: list[float] = []
         # Pairs that share the same seeds are judged together.
         by_seeds: dict[tuple[int, ...], list[_Pair]] = {}
-        for pair in itertools.combinations(sorted(rows), 2):
-            common, mine, theirs = self._common(*pair)
-            by_seeds.setdefault(common, []).append(_Pair(rows=pair, mine=mine, theirs=theirs))
-        for seeds, group in by_seeds.items():
-            chosen, ones, others = _places([pair.mine for pair in group], [pair.theirs for pair in group])
-            p_values = self._sampling(chosen, ones, others)
-            if plain:
-                only_one, only_other = _discordant(values, group)
-                self.discordant += ((only_one + only_other) / len(labels)).tolist()
-                if len(seeds) == 1:
-                    alone = boot.clusters == len(labels)
-                    p_values = mcnemar(only_one, only_other) if alone else _over_people(boot.sums(values), group)
+        for rows_of_pair in itertools.combinations(sorted(rows), 2):
+            seeds, pair = self._pair(*rows_of_pair)
+            by_seeds.setdefault(seeds, []).append(pair)
+        for seeds, pairs in by_seeds.items():
+            chosen, first, second = _places([pair.first for pair in pairs], [pair.second for pair in pairs])
+            p_values = self._sampling(chosen, first, second)
+            if metric == "cl":
+                only_first, only_second = _discordant(values, pairs)
+                self.discordant += ((only_first + only_second) / len(labels)).tolist()
+                if len(seeds) == 1 and boot.clusters == len(labels):
+                    p_values = mcnemar(only_first, only_second)
+                elif len(seeds) == 1:
+                    hits = boot.sums(values)  # (M, clusters)
+                    p_values = np.array([clustered_mcnemar(hits[pair.first[0]] - hits[pair.second[0]]) for pair in pairs])
             if len(seeds) > 1:
-                p_values = np.maximum(p_values, table_seeds_p(self._observed[np.array(chosen)], ones, others))
-            self.p_values |= {pair.rows: float(p) for pair, p in zip(group, p_values, strict=True)}
+                p_values = np.maximum(p_values, table_seeds_p(self._observed[np.array(chosen)], first, second))
+            self.p_values |= {pair.rows: float(p) for pair, p in zip(pairs, p_values, strict=True)}
 
-    def _common(self, one: int, other: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The seeds that two rows share, and the numbers of their runs."""
-        mine, theirs = self._of[one], self._of[other]
-        if mine.keys() != theirs.keys():
-            common = sorted(mine.keys() & theirs.keys())
-            if not common:
-                return (), tuple(mine.values()), tuple(theirs.values())
-            mine, theirs = ({seed: seeds[seed] for seed in common} for seeds in (mine, theirs))
-        return tuple(mine), tuple(mine.values()), tuple(theirs.values())
+    def _pair(self, first_row: int, second_row: int) -> tuple[tuple[int, ...], _Pair]:
+        """The seeds that two rows share, and the runs to compare."""
+        first, second = self._of[first_row], self._of[second_row]
+        shared = tuple(seed for seed in first if seed in second)
+        runs = (tuple(row[seed] for seed in shared or row) for row in (first, second))
+        return shared, _Pair((first_row, second_row), *runs)
 
     def _sampling(
-        self, chosen: Sequence[tuple[int, ...]], ones: npt.NDArray[np.int64], others: npt.NDArray[np.int64]
+        self, chosen: Sequence[tuple[int, ...]], first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64]:
-        """(P,) p values of the differences between the means over runs of ``chosen[ones]`` and ``chosen[others]``, from the bootstrap."""
+        """(P,) p values from the bootstrap, of the differences between the means over the runs ``chosen[first]`` and ``chosen[second]``."""
         means = np.array([self._observed[list(runs)].mean() for runs in chosen])
         replicates = np.stack([self._replicates[list(runs)].mean(axis=0, dtype=np.float64) for runs in chosen])
         # A replicate without any sample that counts is NaN in all rows alike. The variance of a difference is that of its parts.
         covariance = np.atleast_2d(np.cov(replicates[:, np.isfinite(replicates[0])]))
-        variances = covariance[ones, ones] + covariance[others, others] - 2 * covariance[ones, others]
-        return bootstrap_p(means[ones] - means[others], np.sqrt(np.maximum(variances, 0)), clusters=self._clusters)
+        variances = covariance[first, first] + covariance[second, second] - 2 * covariance[first, second]
+        return bootstrap_p(means[first] - means[second], np.sqrt(np.maximum(variances, 0)), clusters=self._clusters)
 
 
 class _Pair(NamedTuple):
-    """Two rows to be told apart, and the numbers of their runs: those of the seeds they share, all if they share none."""
+    """Two rows to compare, and the numbers of their runs: those of the seeds that both have, or all if they share none."""
 
     rows: tuple[int, int]
-    mine: tuple[int, ...]
-    theirs: tuple[int, ...]
+    first: tuple[int, ...]
+    second: tuple[int, ...]
 
 
-_K = TypeVar("_K")
+def _places(first: Sequence[_Key], second: Sequence[_Key]) -> tuple[list[_Key], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The distinct keys of both sequences, and the position of each element of ``first`` and of ``second`` among them."""
+    place = {key: i for i, key in enumerate(dict.fromkeys((*first, *second)))}
+    return list(place), np.array([place[key] for key in first]), np.array([place[key] for key in second])
 
 
-def _places(ones: Sequence[_K], others: Sequence[_K]) -> tuple[list[_K], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """What occurs, each once, and where in it each of ``ones`` and of ``others`` stands."""
-    place = {key: i for i, key in enumerate(dict.fromkeys((*ones, *others)))}
-    return list(place), np.array([place[key] for key in ones]), np.array([place[key] for key in others])
-
-
-def _discordant(hits: npt.NDArray[np.float32], group: Sequence[_Pair]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(P,) samples on which only the first, only the second row of each pair is right, in the first seed they share."""
-    runs, ones, others = _places([pair.mine[0] for pair in group], [pair.theirs[0] for pair in group])
+def _discordant(hits: npt.NDArray[np.float32], pairs: Sequence[_Pair]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(P,) samples that only the first, and that only the second row of each pair classifies correctly, in their first common seed."""
+    runs, first, second = _places([pair.first[0] for pair in pairs], [pair.second[0] for pair in pairs])
     both = (hits[runs] @ hits[runs].T).round().astype(np.int64)
-    right = both.diagonal()
-    return right[ones] - both[ones, others], right[others] - both[ones, others]
-
-
-def _over_people(hits: npt.NDArray[np.float64], group: Sequence[_Pair]) -> npt.NDArray[np.float64]:
-    """(P,) p values of pairs of rows with one seed, from the hits (M, clusters) of each run and person."""
-    return np.array([clustered_mcnemar(hits[pair.mine[0]] - hits[pair.theirs[0]]) for pair in group])
-
-
-def _values(run: Run, metric: Metric) -> npt.NDArray[np.float32]:
-    assert run.samples is not None
-    return run.samples.values[metric]
+    correct = both.diagonal()
+    return correct[first] - both[first, second], correct[second] - both[first, second]

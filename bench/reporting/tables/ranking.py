@@ -1,4 +1,4 @@
-"""Rankings across datasets: the average rank of each row over tables that were made the same way."""
+"""Rankings across datasets: the average rank of each row over tables with the same settings."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Literal
 import numpy as np
 
 from bench.evaluation.statistics import Ranking, rank_methods
-from bench.reporting.tables.evidence import METRICS, Column
-from bench.reporting.tables.leaderboard import GUIDANCE, Row, Table
+from bench.reporting.tables.evidence import Column, grouped
+from bench.reporting.tables.leaderboard import FIGURES, Row, Table
 
 Name = tuple[str, str, str]
-"""(method, backbone, title) of a row: what makes rows of two tables the same."""
+"""(method, backbone, title) of a row. Rows of two tables with the same name are ranked as one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RankedRow:
-    """One method on one backbone: its average ranks."""
+    """Average ranks of one method on one backbone."""
 
     method: str
     backbone: str
     title: str
     ranks: Mapping[Column, float]
-    """1 = best; only columns in which the row has a figure on every dataset."""
+    """1 = best. Only columns in which the row has a figure on every dataset."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RankTable:
-    """Average ranks over datasets: tables of one protocol, variant and recipe, all whole or all partial."""
+    """Average ranks over datasets. Their tables share protocol, variant and recipe, and are all whole or all partial."""
 
     datasets: tuple[str, ...]
     protocol: str
@@ -40,7 +40,7 @@ class RankTable:
     rows: tuple[RankedRow, ...]
     columns: Mapping[Column, Ranking]
     notes: tuple[str, ...]
-    """Which rows and datasets were left out, and why."""
+    """Rows and datasets that were left out, and why."""
 
     @property
     def title(self) -> str:
@@ -49,22 +49,20 @@ class RankTable:
         return f"Average rank over {data}{' (partial data)' if self.partial else ''}, protocol {self.protocol}, variant {self.variant}"
 
     def standing(self, row: RankedRow, column: Column) -> Literal["best", "tied", "behind"]:
-        """``tied``: nearer to the best average rank than the critical difference."""
-        best = min(other.ranks[column] for other in self.rows if column in other.ranks)
+        """``tied``: closer to the best average rank than the critical difference."""
+        best = min(ranked.ranks[column] for ranked in self.rows if column in ranked.ranks)
         if row.ranks[column] == best:
             return "best"
         return "tied" if row.ranks[column] - best < self.columns[column].critical_difference else "behind"
 
 
 def rank(tables: Sequence[Table]) -> tuple[RankTable, ...]:
-    """Rank the rows that tables of different datasets share; only tables of one protocol, variant and recipe are put together.
+    """Rank the rows that tables of different datasets share. Only tables of one protocol, variant and recipe are combined.
 
-    Whole and partial data are kept apart, rows that depend on the batch left out. There is no ranking where no two datasets share two rows.
+    Whole and partial data are not combined, and batch-dependent rows are left out. A ranking needs two datasets that share two rows.
     """
-    groups: dict[tuple[str, str, str, bool], list[Table]] = {}
-    for table in tables:
-        groups.setdefault((table.protocol, table.variant, table.recipe, table.partial), []).append(table)
-    return tuple(ranked for group in groups.values() if (ranked := _rank(group)) is not None)
+    groups = grouped(tables, lambda table: (table.protocol, table.variant, table.recipe, table.partial))
+    return tuple(ranking for group in groups.values() if (ranking := _rank(group)) is not None)
 
 
 def _rank(tables: list[Table]) -> RankTable | None:
@@ -72,32 +70,32 @@ def _rank(tables: list[Table]) -> RankTable | None:
     times = Counter(table.dataset for table in tables)
     twice = sorted(name for name, count in times.items() if count > 1)
     if twice:
-        notes.append(f"left out, as there are several versions of their data: {', '.join(twice)}")
-    there = {table.dataset: _rankable(table, notes) for table in tables if table.dataset not in twice}
-    while len(there) > 1 and len(_shared(list(there.values()))) < 2:
-        fewest = min(there, key=lambda name: len(there[name]))
-        del there[fewest]
-        notes.append(f"{fewest} left out: it shares too few rows with the others")
-    if len(there) < 2:
+        notes.append(f"left out, because several versions of their data are in use: {', '.join(twice)}")
+    rows_of = {table.dataset: _rankable(table, notes) for table in tables if table.dataset not in twice}
+    while len(rows_of) > 1 and len(_shared(list(rows_of.values()))) < 2:
+        fewest = min(rows_of, key=lambda name: len(rows_of[name]))
+        del rows_of[fewest]
+        notes.append(f"{fewest} left out: it shares fewer than two rows with the rest")
+    if len(rows_of) < 2:
         return None
-    names = _shared(list(there.values()))
-    missing = dict.fromkeys(name for rows in there.values() for name in rows if name not in names)
+    names = _shared(list(rows_of.values()))
+    missing = dict.fromkeys(name for rows in rows_of.values() for name in rows if name not in names)
     if missing:
-        notes.append(f"left out, as they are not in every table: {', '.join(_words(name) for name in missing)}")
+        notes.append(f"left out, because they are not in every table: {', '.join(_words(name) for name in missing)}")
     columns: dict[Column, Ranking] = {}
     ranks: dict[Name, dict[Column, float]] = {name: {} for name in names}
-    for column in ((metric, guidance) for metric in METRICS for guidance in GUIDANCE):
-        entrants = [name for name in names if all(column in rows[name].stats for rows in there.values())]
+    for column in FIGURES:
+        entrants = [name for name in names if all(column in rows[name].stats for rows in rows_of.values())]
         if len(entrants) < 2:
             continue
-        columns[column] = rank_methods(np.array([[rows[name].stats[column].mean for name in entrants] for rows in there.values()]))
+        columns[column] = rank_methods(np.array([[rows[name].stats[column].mean for name in entrants] for rows in rows_of.values()]))
         for name, value in zip(entrants, columns[column].ranks, strict=True):
             ranks[name][column] = value
     if not columns:
         return None
     first = tables[0]
     return RankTable(
-        datasets=tuple(there),
+        datasets=tuple(rows_of),
         protocol=first.protocol,
         variant=first.variant,
         recipe=first.recipe,

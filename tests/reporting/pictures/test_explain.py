@@ -26,7 +26,7 @@ from bench.prepare.preparation import Preparation
 from bench.reporting.pictures.explain import (
     REPORT,
     LandmarkSource,
-    Source,
+    PictureFile,
     choose_readers,
     explain,
     find_pictures,
@@ -109,23 +109,23 @@ def test_a_folder_is_explained_and_what_cannot_be_read_is_named(bench_here, tmp_
     assert done.returncode == 1
     assert "broken.png: not a picture" in done.stdout
     assert "without landmarks: 3" in done.stdout
-    found = report(tmp_path / "seen")
-    assert [Path(one["picture"]).name for one in found["failed"]] == ["broken.png"]
-    assert {one["folder"] for one in found["pictures"]} == {"one", "two", "more_one"}
-    for one in found["pictures"]:
-        assert sum(one["probabilities"].values()) == pytest.approx(1)
-        assert one["probabilities"][one["prediction"]] == max(one["probabilities"].values())
-        assert {entry["method"]: entry["au_cosine"] for entry in one["maps"]} == {"cam": None, "layercam": None}
-        for entry in one["maps"]:
-            assert Image.open(tmp_path / "seen" / one["folder"] / entry["file"]).size == (36, 36)
+    results = report(tmp_path / "seen")
+    assert [Path(failure["picture"]).name for failure in results["failed"]] == ["broken.png"]
+    assert {picture["folder"] for picture in results["pictures"]} == {"one", "two", "more_one"}
+    for picture in results["pictures"]:
+        assert sum(picture["probabilities"].values()) == pytest.approx(1)
+        assert picture["probabilities"][picture["prediction"]] == max(picture["probabilities"].values())
+        assert {entry["method"]: entry["au_cosine"] for entry in picture["maps"]} == {"cam": None, "layercam": None}
+        for entry in picture["maps"]:
+            assert Image.open(tmp_path / "seen" / picture["folder"] / entry["file"]).size == (36, 36)
 
 
 def test_with_landmarks_there_are_au_maps_of_expressions_and_their_cosines(bench_here, tmp_path, training, faces):
     command = ["explain", faces / "one.png", "--checkpoint", training, "--landmarks", faces / "landmarks.csv"]
     done = bench_here(*command, "--class", "happiness", "--class", "neutral", "--methods", "cam", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    (one,) = report(tmp_path / "explanations")["pictures"]
-    cosines = {entry["class"]: entry["au_cosine"] for entry in one["maps"]}
+    (picture,) = report(tmp_path / "explanations")["pictures"]
+    cosines = {entry["class"]: entry["au_cosine"] for entry in picture["maps"]}
     assert 0 < cosines["happiness"] < 1
     assert cosines["neutral"] is None
     drawn = {path.name for path in (tmp_path / "explanations" / "one").iterdir()}
@@ -134,17 +134,17 @@ def test_with_landmarks_there_are_au_maps_of_expressions_and_their_cosines(bench
 
 
 def test_nothing_is_overwritten(bench_here, tmp_path, training, faces):
-    mine = tmp_path / "explanations" / "mine.txt"
-    mine.parent.mkdir()
-    mine.write_text("keep this")
+    kept = tmp_path / "explanations" / "mine.txt"
+    kept.parent.mkdir()
+    kept.write_text("keep this")
     done = bench_here("explain", faces, "--checkpoint", training, cwd=tmp_path)
     assert done.returncode == 2
     assert "nothing is overwritten" in done.stderr
-    assert [path.name for path in mine.parent.iterdir()] == ["mine.txt"]
+    assert [path.name for path in kept.parent.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--class", "hapiness"], "Did you mean 'happiness'"),
         (["--methods", "acol"], "cannot read a training of cam"),
@@ -152,10 +152,10 @@ def test_nothing_is_overwritten(bench_here, tmp_path, training, faces):
         (["--align"], "needs landmarks"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(bench_here, tmp_path, training, faces, arguments, told):
+def test_what_cannot_be_is_refused_before_anything_is_written(bench_here, tmp_path, training, faces, arguments, message):
     done = bench_here("explain", faces, "--checkpoint", training, *arguments, cwd=tmp_path)
     assert done.returncode == 2
-    assert told in done.stderr
+    assert message in done.stderr
     assert not (tmp_path / "explanations").exists()
 
 
@@ -184,16 +184,16 @@ def test_the_prediction_is_that_of_the_evaluation_of_the_same_pixels(training, t
     sources, _ = find_pictures([tmp_path / "face.png"])
     methods = choose_readers(restored.training, ["cam"])
     source, out = LandmarkSource("none"), tmp_path / "out"
-    (one,) = explain(sources, restored, methods=methods, landmarks=source, align=False, device=torch.device("cpu"), out=out)
+    (explanation,) = explain(sources, restored, methods=methods, landmarks=source, align=False, device=torch.device("cpu"), out=out)
     mean, std = restored.classifier.backbone.mean, restored.classifier.backbone.std
     with torch.inference_mode():
         expected = restored.classifier(eval_images(stored, size=32, mean=mean, std=std)).logits.double().softmax(1)[0]
-    np.testing.assert_allclose(list(one.facts["probabilities"].values()), expected, atol=1e-6)
+    np.testing.assert_allclose(list(explanation.facts["probabilities"].values()), expected, atol=1e-6)
 
 
 def test_an_aligned_face_lies_on_the_template(faces):
     source = LandmarkSource(str(faces / "landmarks.csv"))
-    face = prepare_face(Source(path=faces / "one.png", name="one"), source, preparation=None, align=True)
+    face = prepare_face(PictureFile(path=faces / "one.png", name="one"), source, preparation=None, align=True)
     assert face.prepared == "aligned"
     assert np.abs(five_points(face.landmarks) - template_points(256)).mean() < 0.05 * 256
 
@@ -203,10 +203,10 @@ def test_a_picture_without_a_row_has_no_landmarks_and_one_with_a_bad_row_cannot_
     table.write_text(table.read_text().replace("two.png,", "two.png,oops"))
     source = LandmarkSource(str(table))
     (faces / "three.png").write_bytes((faces / "one.png").read_bytes())
-    face = prepare_face(Source(path=faces / "three.png", name="three"), source, preparation=None, align=False)
+    face = prepare_face(PictureFile(path=faces / "three.png", name="three"), source, preparation=None, align=False)
     assert face.landmarks is None
     with pytest.raises(BadPictureError, match=r"line 3 \(two\.png\)"):
-        prepare_face(Source(path=faces / "two.png", name="two"), source, preparation=None, align=False)
+        prepare_face(PictureFile(path=faces / "two.png", name="two"), source, preparation=None, align=False)
 
 
 def test_pictures_of_one_name_get_folders_of_their_own_and_no_name_leads_elsewhere(tmp_path):
@@ -215,7 +215,7 @@ def test_pictures_of_one_name_get_folders_of_their_own_and_no_name_leads_elsewhe
         (tmp_path / name).touch()
     sources, failed = find_pictures([tmp_path / "a" / "face.png", tmp_path / "b", tmp_path / "c" / "...hidden é.png", tmp_path / "d"])
     assert [source.name for source in sources] == ["face", "face-2", "hidden_é"]
-    assert [one.reason for one in failed] == ["no such file or folder"]
+    assert [failure.reason for failure in failed] == ["no such file or folder"]
 
 
 def test_where_nothing_is_explained_nothing_is_written_and_the_status_is_2(bench_here, tmp_path, training):
@@ -271,13 +271,13 @@ def test_an_older_training_without_its_data_says_what_is_assumed(bench_here, tmp
 
 
 def test_data_that_is_not_the_trainings_is_refused(older, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not there"):
+    with pytest.raises(FileNotFoundError, match="does not hold the dataset of the training"):
         with_preparation(open_training(older), tmp_path)
 
 
 def test_a_preparation_that_needs_an_annotation_is_named(faces):
     needy = Preparation(entry="rafdb", size=64, quality=95, aligned=True, needs="the five points")
-    face = prepare_face(Source(path=faces / "one.png", name="one"), LandmarkSource("none"), preparation=needy, align=None)
+    face = prepare_face(PictureFile(path=faces / "one.png", name="one"), LandmarkSource("none"), preparation=needy, align=None)
     assert face.image.shape == (64, 64, 3)
     assert "prepared with the five points" in face.deviation
 
@@ -286,7 +286,7 @@ def test_a_preparation_that_needs_an_annotation_is_named(faces):
 def test_a_flag_overrides_the_preparation_of_the_training_and_the_report_says_so(faces, align, prepared):
     whole = Preparation(entry="folder", size=48, quality=95)
     source = LandmarkSource(str(faces / "landmarks.csv"))
-    face = prepare_face(Source(path=faces / "one.png", name="one"), source, preparation=whole, align=align)
+    face = prepare_face(PictureFile(path=faces / "one.png", name="one"), source, preparation=whole, align=align)
     assert face.prepared == prepared
     assert (face.deviation is None) == (prepared == "letterboxed")
 
@@ -357,7 +357,7 @@ def test_the_probabilities_of_a_file_are_those_of_its_evaluation(layouts, tmp_pa
     )
     assert len(results) == len(keys) == 6
     for result in results:
-        key = keys[result.source.path.relative_to(layouts / name).as_posix()]
+        key = keys[result.file.path.relative_to(layouts / name).as_posix()]
         assert result.facts["as_trained"]
         np.testing.assert_allclose(list(result.facts["probabilities"].values()), evaluated[key], atol=1e-5)
 

@@ -48,9 +48,9 @@ class Page(HTMLParser):
 
 
 def pages(site: Path) -> dict[Path, Page]:
-    found = {path: Page(path) for path in sorted(site.rglob("*.html"))}
-    assert found
-    return found
+    site_pages = {path: Page(path) for path in sorted(site.rglob("*.html"))}
+    assert site_pages
+    return site_pages
 
 
 def make(results: Path, site: Path, *, data: Path | None = None, faces: bool = False) -> Path:
@@ -70,14 +70,17 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_every_link_picture_and_anchor_is_there(site):
-    found = pages(site)
-    for path, page in found.items():
+    site_pages = pages(site)
+    for path, page in site_pages.items():
         for attributes in page.all("a", "img", "link", "script"):
             file, _, anchor = (attributes.get("href") or attributes["src"]).partition("#")
             target = (path.parent / file).resolve() if file else path
             assert target.is_file(), (path, attributes)
             if anchor:
-                assert any(anchor == other.get("id") for _, other in found[target].elements), (path, attributes)
+                assert any(anchor == names.get("id") for _, names in site_pages[target].elements), (
+                    path,
+                    attributes,
+                )
 
 
 def test_every_record_has_a_page_that_the_leaderboard_leads_to(site):
@@ -119,11 +122,11 @@ def test_the_leaderboard_shows_and_sorts_by_the_figures_of_the_table(site):
     assert show("att_cos", stats[-1]).rstrip(" *≈") in Page(site / "index.html").text
 
 
-def test_intervals_are_said_to_readers_and_not_only_in_tooltips(site):
+def test_intervals_are_said_to_readers_and_not_only_in_titles(site):
     page = Page(site / "index.html")
-    told = [attributes["title"] for attributes in page.all("td") if "title" in attributes]
-    assert len(told) == 18
-    assert all(words.startswith("95% intervals for other seeds ") and words.removeprefix("95% intervals ") in page.text for words in told)
+    titles = [attributes["title"] for attributes in page.all("td") if "title" in attributes]
+    assert len(titles) == 18
+    assert all(words.startswith("95% intervals for other seeds ") and words.removeprefix("95% intervals ") in page.text for words in titles)
 
 
 def test_a_cell_page_shows_its_confusion_matrix_settings_and_hashes(site):
@@ -220,9 +223,9 @@ def test_records_without_maps_say_so(tmp_path):
 
 
 def test_a_file_of_maps_that_is_not_the_records_is_refused(tmp_path):
-    one, other = (write_cell(tmp_path / "results", seed=seed) for seed in (0, 1))
-    (one / "maps.safetensors").write_bytes((other / "maps.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=rf"{one.name}/maps.safetensors is not the file"):
+    cell, donor = (write_cell(tmp_path / "results", seed=seed) for seed in (0, 1))
+    (cell / "maps.safetensors").write_bytes((donor / "maps.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=rf"{cell.name}/maps.safetensors does not match the hash"):
         make(tmp_path / "results", tmp_path / "site")
 
 
@@ -249,10 +252,10 @@ def faces_shown(tmp_path: Path, data: Path, *, entry: str, faces: bool) -> bool:
     write_cell(tmp_path / "results", entry=entry, fingerprint=fingerprint)
     out = make(tmp_path / "results", tmp_path / "site", data=data, faces=faces)
     (page,) = (out / "maps").glob("*.html")
-    there = bool(list(out.rglob("*.jpg")))
-    assert ("not ours to publish" in Page(page).text) is not there
-    assert len(Page(page).all("img")) == 2 + 2 + (3 if there else 1)  # average maps, attention, examples
-    return there
+    shown = bool(list(out.rglob("*.jpg")))
+    assert ("not ours to publish" in Page(page).text) is not shown
+    assert len(Page(page).all("img")) == 2 + 2 + (3 if shown else 1)  # average maps, attention, examples
+    return shown
 
 
 def test_faces_that_the_project_drew_are_shown(tmp_path, prepared):
@@ -304,7 +307,7 @@ def test_vendored_scripts_come_with_version_and_licence(site):
         (["--site", "out", "--private"], "--private is about a repository of the hub"),
         (["--hub", "me/x", "--faces"], "--faces is about the pictures of a site"),
         (["--hub", "x"], "give OWNER/NAME"),
-        (["--site", "out", "--reference", "papr"], "no such reference. Did you mean 'paper'?"),
+        (["--site", "out", "--reference", "papr"], "unknown reference. Did you mean 'paper'?"),
         (["--site", "out"], "bench run --profile quick --results results"),
     ],
 )

@@ -108,10 +108,10 @@ def test_filters_hide_rows_and_say_how_many_are_left(browser, board):
 
 
 def test_intervals_can_be_shown_without_a_mouse(browser, board):
-    told = board.find_element(By.CSS_SELECTOR, ".certainty")
-    assert told.size["width"] <= 1
+    certainty = board.find_element(By.CSS_SELECTOR, ".certainty")
+    assert certainty.size["width"] <= 1
     browser.find_element(By.CSS_SELECTOR, "[data-intervals]").send_keys(Keys.SPACE)
-    assert told.size["width"] > 100
+    assert certainty.size["width"] > 100
 
 
 def test_the_tab_key_reaches_the_skip_link_first_and_shows_it(browser, board):

@@ -52,8 +52,8 @@ def cell(root, *, method="cam", guidance="none", seed=0, accuracy=0.7, cosine=0.
     return folder
 
 
-def compared(root, one, other, *, classes=True):
-    matched, alone = match(find_side(str(one), results=root), find_side(str(other), results=root))
+def compared(root, a, b, *, classes=True):
+    matched, alone = match(find_side(str(a), results=root), find_side(str(b), results=root))
     return compare(matched), alone
 
 
@@ -65,57 +65,57 @@ def hits(folder):
 
 
 def test_accuracy_of_one_seed_is_compared_by_the_exact_mcnemar_test(tmp_path):
-    one, other = cell(tmp_path, method="cam", accuracy=0.75), cell(tmp_path, method="acol")
-    ((comparison,), _) = compared(tmp_path, one, other)
-    (mine, _), (theirs, _) = hits(one), hits(other)
-    only = int((mine & ~theirs).sum()), int((theirs & ~mine).sum())
-    found = comparison.differences["cl"]
-    assert found.difference == pytest.approx((only[0] - only[1]) / N)
-    assert found.p == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
-    assert found.test == "exact McNemar"
+    a, b = cell(tmp_path, method="cam", accuracy=0.75), cell(tmp_path, method="acol")
+    ((comparison,), _) = compared(tmp_path, a, b)
+    (hits_a, _), (hits_b, _) = hits(a), hits(b)
+    only = int((hits_a & ~hits_b).sum()), int((hits_b & ~hits_a).sum())
+    difference = comparison.differences["cl"]
+    assert difference.difference == pytest.approx((only[0] - only[1]) / N)
+    assert difference.p == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
+    assert difference.test == "exact McNemar"
 
 
 def test_accuracy_of_one_seed_is_compared_over_people_where_they_are_known(tmp_path):
     people = np.arange(N) // 20
-    one, other = (cell(tmp_path, method=method, accuracy=a, people=people) for method, a in (("cam", 0.75), ("acol", 0.7)))
-    ((comparison,), _) = compared(tmp_path, one, other)
-    differences = (hits(one)[0].astype(int) - hits(other)[0]).reshape(-1, 20).sum(axis=1)
-    found = comparison.differences["cl"]
-    assert found.p == pytest.approx(clustered_mcnemar(differences))
-    assert (found.test, found.units) == ("exact McNemar over people", N // 20)
+    a, b = (cell(tmp_path, method=method, accuracy=a, people=people) for method, a in (("cam", 0.75), ("acol", 0.7)))
+    ((comparison,), _) = compared(tmp_path, a, b)
+    differences = (hits(a)[0].astype(int) - hits(b)[0]).reshape(-1, 20).sum(axis=1)
+    difference = comparison.differences["cl"]
+    assert difference.p == pytest.approx(clustered_mcnemar(differences))
+    assert (difference.test, difference.units) == ("exact McNemar over people", N // 20)
 
 
 def test_cosines_of_one_seed_agree_with_the_paired_t_test(tmp_path):
-    one, other = cell(tmp_path, method="cam", cosine=0.52), cell(tmp_path, method="acol")
-    ((comparison,), _) = compared(tmp_path, one, other)
-    difference = hits(one)[1][LABELS > 0] - hits(other)[1][LABELS > 0]
-    expected = stats.ttest_1samp(difference, 0)
-    found = comparison.differences["cam_cos"]
-    assert found.difference == pytest.approx(difference.mean(), abs=1e-6)
-    assert found.interval == pytest.approx(tuple(expected.confidence_interval()), abs=0.002)
-    assert found.samples == 400
+    a, b = cell(tmp_path, method="cam", cosine=0.52), cell(tmp_path, method="acol")
+    ((comparison,), _) = compared(tmp_path, a, b)
+    of_samples = hits(a)[1][LABELS > 0] - hits(b)[1][LABELS > 0]
+    expected = stats.ttest_1samp(of_samples, 0)
+    difference = comparison.differences["cam_cos"]
+    assert difference.difference == pytest.approx(of_samples.mean(), abs=1e-6)
+    assert difference.interval == pytest.approx(tuple(expected.confidence_interval()), abs=0.002)
+    assert difference.samples == 400
 
 
 def test_over_seeds_the_wider_interval_and_the_larger_p_count(tmp_path):
     """Far from each other on the samples of each seed, but the sign changes with the seed."""
-    for seed, (mine, theirs) in enumerate(((0.6, 0.5), (0.4, 0.58), (0.6, 0.5))):
-        cell(tmp_path, method="cam", seed=seed, cosine=mine)
-        cell(tmp_path, method="acol", seed=seed, cosine=theirs)
+    for seed, (cosine_a, cosine_b) in enumerate(((0.6, 0.5), (0.4, 0.58), (0.6, 0.5))):
+        cell(tmp_path, method="cam", seed=seed, cosine=cosine_a)
+        cell(tmp_path, method="acol", seed=seed, cosine=cosine_b)
     ((comparison,), _) = compared(tmp_path, "cam", "acol")
-    found = comparison.differences["cam_cos"]
+    difference = comparison.differences["cam_cos"]
     assert comparison.seeds == (0, 1, 2)
-    assert found.p > 0.5
-    assert found.interval.low < -0.3
-    assert found.smallest == pytest.approx(found.interval.high - found.difference)
+    assert difference.p > 0.5
+    assert difference.interval.low < -0.3
+    assert difference.smallest == pytest.approx(difference.interval.high - difference.difference)
 
 
 def test_the_p_values_of_all_that_is_asked_are_corrected_together(tmp_path):
-    one, other = cell(tmp_path, method="cam", accuracy=0.75, cosine=0.51), cell(tmp_path, method="acol")
-    ((comparison,), _) = compared(tmp_path, one, other)
-    for family in (list(comparison.differences.values()), [d for there in comparison.per_class.values() for d in there.values()]):
-        expected = multitest.multipletests([found.p for found in family], method="holm")[1]
-        assert [found.p_holm for found in family] == pytest.approx(list(expected))
-    assert {metric: set(there) for metric, there in comparison.per_class.items()} == {
+    a, b = cell(tmp_path, method="cam", accuracy=0.75, cosine=0.51), cell(tmp_path, method="acol")
+    ((comparison,), _) = compared(tmp_path, a, b)
+    for family in (list(comparison.differences.values()), [d for by_class in comparison.per_class.values() for d in by_class.values()]):
+        expected = multitest.multipletests([difference.p for difference in family], method="holm")[1]
+        assert [difference.p_holm for difference in family] == pytest.approx(list(expected))
+    assert {metric: set(by_class) for metric, by_class in comparison.per_class.items()} == {
         "cl": set(CLASSES),
         "cam_cos": {"happiness", "fear"},
         "att_cos": {"happiness", "fear"},
@@ -123,12 +123,12 @@ def test_the_p_values_of_all_that_is_asked_are_corrected_together(tmp_path):
 
 
 def test_a_class_is_compared_on_its_own_samples(tmp_path):
-    one, other = cell(tmp_path, method="cam", accuracy=0.8), cell(tmp_path, method="acol")
-    ((comparison,), _) = compared(tmp_path, one, other)
+    a, b = cell(tmp_path, method="cam", accuracy=0.8), cell(tmp_path, method="acol")
+    ((comparison,), _) = compared(tmp_path, a, b)
     fear = LABELS == 2
-    found = comparison.per_class["cl"]["fear"]
-    assert found.samples == 200
-    assert (found.one, found.other) == pytest.approx((hits(one)[0][fear].mean(), hits(other)[0][fear].mean()))
+    difference = comparison.per_class["cl"]["fear"]
+    assert difference.samples == 200
+    assert (difference.a, difference.b) == pytest.approx((hits(a)[0][fear].mean(), hits(b)[0][fear].mean()))
 
 
 def test_a_difference_is_said_in_a_sentence_to_quote(tmp_path):
@@ -137,28 +137,28 @@ def test_a_difference_is_said_in_a_sentence_to_quote(tmp_path):
         for guidance, accuracy in (("none", 0.5), ("au", 0.9)):
             cell(tmp_path, guidance=guidance, seed=seed, accuracy=accuracy, people=people)
     ((comparison,), _) = compared(tmp_path, "cam/au", "cam/none")
-    found = comparison.differences["cl"]
-    low, high = (f"{100 * end:.1f}" for end in found.interval)
-    assert found.p_holm < 0.001
+    difference = comparison.differences["cl"]
+    low, high = (f"{100 * end:.1f}" for end in difference.interval)
+    assert difference.p_holm < 0.001
     assert sentence(comparison, "cl") == (
-        f"CAM with AU guidance is {100 * found.difference:.1f} points more accurate than without "
+        f"CAM with AU guidance is {100 * difference.difference:.1f} points more accurate than without "
         f"(95% interval {low} to {high}, p < 0.001, 600 pictures of 60 people, 3 seeds)."
     )
 
 
-def test_what_cannot_be_told_apart_is_said_with_what_could_have_been(tmp_path):
-    one, other = cell(tmp_path, method="cam"), cell(tmp_path, method="acol")
-    ((comparison,), _) = compared(tmp_path, one, other)
-    assert comparison.differences["cl"].told_apart is False
+def test_a_difference_that_is_not_significant_is_given_with_the_smallest_that_would_be(tmp_path):
+    a, b = cell(tmp_path, method="cam"), cell(tmp_path, method="acol")
+    ((comparison,), _) = compared(tmp_path, a, b)
+    assert comparison.differences["cl"].significant is False
     text = sentence(comparison, "cl")
-    assert "CAM and ACoL cannot be told apart in accuracy" in text
-    assert f"only a difference of {100 * comparison.differences['cl'].smallest:.1f} points or more could have been told from none" in text
+    assert "CAM and ACoL do not differ significantly in accuracy" in text
+    assert f"A difference must be at least {100 * comparison.differences['cl'].smallest:.1f} points to be significant here" in text
 
 
 def test_one_network_read_out_twice_is_equal_sample_by_sample(tmp_path):
-    one, other = cell(tmp_path, method="cam", draw=5), cell(tmp_path, method="layercam", draw=5)
-    ((comparison,), _) = compared(tmp_path, one, other)
-    assert sentence(comparison, "cl") == "CAM and LayerCAM are equal in accuracy, sample by sample (600 pictures, 1 seed)."
+    a, b = cell(tmp_path, method="cam", draw=5), cell(tmp_path, method="layercam", draw=5)
+    ((comparison,), _) = compared(tmp_path, a, b)
+    assert sentence(comparison, "cl") == "CAM and LayerCAM are equal in accuracy on every sample (600 pictures, 1 seed)."
 
 
 def test_a_unanimous_difference_of_few_people_is_not_certain(tmp_path):
@@ -177,9 +177,9 @@ def test_results_folders_are_matched_cell_by_cell(tmp_path):
             cell(root, guidance=guidance, accuracy=accuracy, lr=accuracy)
     cell(new, method="acol")
     comparisons, alone = compared(tmp_path, new, old)
-    assert {names(one).both.split(", ")[1] for one in comparisons} == {"with AU guidance", "without AU guidance"}
+    assert {names(comparison).both.split(", ")[1] for comparison in comparisons} == {"with AU guidance", "without AU guidance"}
     assert alone == 1
-    assert all(one.differences["cl"].difference > 0.3 for one in comparisons)
+    assert all(comparison.differences["cl"].difference > 0.3 for comparison in comparisons)
     assert names(comparisons[0])[:2] == ("CAM in A", "CAM in B")
     assert "They also differ in: train.lr 0.9 / 0.5." in sentences(comparisons[0])
 
@@ -192,43 +192,43 @@ def test_protocol_and_variant_are_said_where_they_differ(tmp_path):
 
 
 def test_a_batch_dependent_side_is_said(tmp_path):
-    one, other = cell(tmp_path, invariance={"holds": False}), cell(tmp_path, method="acol")
-    ((comparison,), _) = compared(tmp_path, one, other)
-    assert any(words.startswith("Of CAM, logits or maps change") for words in sentences(comparison))
+    a, b = cell(tmp_path, invariance={"holds": False}), cell(tmp_path, method="acol")
+    ((comparison,), _) = compared(tmp_path, a, b)
+    assert any(words.startswith("Logits or maps of CAM change") for words in sentences(comparison))
 
 
 @pytest.mark.parametrize("facts", [{"keys": "other"}, {"fingerprint": "e" * 64}])
 def test_cells_tested_on_different_data_are_refused(tmp_path, facts):
-    one, other = cell(tmp_path), cell(tmp_path, method="acol", **facts)
+    a, b = cell(tmp_path), cell(tmp_path, method="acol", **facts)
     with pytest.raises(ValueError, match="not tested on the same data"):
-        compared(tmp_path, one, other)
+        compared(tmp_path, a, b)
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "message"),
+    ("a", "b", "message"),
     [
-        ("camm", "acol", r"no cell has 'camm'. Did you mean 'cam'"),
-        ("methd=cam", "acol", r"'methd' is no coordinate of a cell. Did you mean 'method'"),
+        ("camm", "acol", r"no cell has the value 'camm'. Did you mean 'cam'"),
+        ("methd=cam", "acol", r"unknown coordinate 'methd'. Did you mean 'method'"),
         ("method=acool", "acol", r"no cell has method=acool. Did you mean 'acol'"),
-        ("cam,method=cam", "acol", "asks for two values of method"),
-        ("cam", "cam/none", "would be compared with itself"),
-        ("acol/au", "cam", "has method=acol, guidance=au all at once"),
-        ("backbone=mini", "acol", "would be compared with itself"),
+        ("cam,method=cam", "acol", "gives two values of method"),
+        ("cam", "cam/none", "is on both sides of the comparison"),
+        ("acol/au", "cam", "has method=acol and guidance=au"),
+        ("backbone=mini", "acol", "is on both sides of the comparison"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_with_what_could(tmp_path, one, other, message):
+def test_what_cannot_be_compared_is_refused_with_what_could(tmp_path, a, b, message):
     cell(tmp_path)
     cell(tmp_path, guidance="au")
     cell(tmp_path, method="acol")
     with pytest.raises(ValueError, match=message):
-        compared(tmp_path, one, other)
+        compared(tmp_path, a, b)
 
 
 def test_several_settings_of_one_cell_are_refused(tmp_path):
     cell(tmp_path, lr=0.1)
     cell(tmp_path, lr=0.2)
     cell(tmp_path, method="acol", lr=0.3)
-    with pytest.raises(ValueError, match=r"none are alike in settings\. Select fewer cells on each side, or give the paths of two"):
+    with pytest.raises(ValueError, match=r"no two agree in settings\. Select fewer cells on each side, or give the paths of two"):
         compared(tmp_path, "cam", "acol")
 
 
@@ -236,7 +236,7 @@ def test_two_runs_of_one_seed_are_both_named(tmp_path):
     for place in ("here", "there"):
         cell(tmp_path / place)
     cell(tmp_path, method="acol")
-    with pytest.raises(ValueError, match=r"with the same seed, .*/here/.* and .*/there/.*: select one"):
+    with pytest.raises(ValueError, match=r"have the same seed: .*/here/.* and .*/there/.*\. Add coordinates"):
         compared(tmp_path, "cam", "acol")
 
 

@@ -34,10 +34,10 @@ def samples(*, accuracy=0.7, cosine=0.5, seed=0, people=None, labels=LABELS):
 
 
 def run(method="cam", *, seed=0, guidance="none", **facts):
-    mine = samples(seed=1000 * seed + sum(map(ord, method + guidance)), **facts)
-    mean = np.mean([np.nanmean(mine.values["cam_cos"][mine.labels == label]) for label in range(1, 7)])
-    filed = record(method=method, seed=seed, guidance=guidance, cl=float(mine.values["cl"].mean()), cam=float(mean), att=float(mean))
-    return Run(record=filed.model_copy(update={"data": filed.data.model_copy(update={"samples": N})}), samples=mine)
+    drawn = samples(seed=1000 * seed + sum(map(ord, method + guidance)), **facts)
+    mean = np.mean([np.nanmean(drawn.values["cam_cos"][drawn.labels == label]) for label in range(1, 7)])
+    filed = record(method=method, seed=seed, guidance=guidance, cl=float(drawn.values["cl"].mean()), cam=float(mean), att=float(mean))
+    return Run(record=filed.model_copy(update={"data": filed.data.model_copy(update={"samples": N})}), samples=drawn)
 
 
 def standing(table, method, column):
@@ -58,9 +58,9 @@ def test_a_row_alone_in_its_column_is_not_called_the_best():
 
 
 def test_identical_networks_are_tied_whatever_they_share():
-    one = run("cam")
-    twin = Run(record=record(method="gradcam", cl=one.record.metrics["cl"]["accuracy"], cam=0.9), samples=one.samples)
-    (table,) = build_tables([one, twin])
+    cam = run("cam")
+    twin = Run(record=record(method="gradcam", cl=cam.record.metrics["cl"]["accuracy"], cam=0.9), samples=cam.samples)
+    (table,) = build_tables([cam, twin])
     assert {standing(table, method, ("cl", "none")) for method in ("cam", "gradcam")} == {"best", "tied"}
 
 
@@ -116,7 +116,9 @@ def test_accuracy_is_judged_by_people_where_they_are_known():
 
 def test_the_table_says_what_its_split_can_resolve():
     (table,) = build_tables([run("cam"), run("acol")])
-    words = re.search(r"CL ± ([0-9.]+) points \(Wilson\); rows differ in ([0-9]+) %.*no gap in CL below ([0-9.]+) points", table.resolution)
+    words = re.search(
+        r"CL ± ([0-9.]+) points \(Wilson\); two rows disagree on ([0-9]+) %.*no gap in CL below ([0-9.]+) points", table.resolution
+    )
     assert float(words[1]) == pytest.approx(100 * 1.96 * math.sqrt(0.7 * 0.3 / N), rel=0.05)
     assert float(words[2]) == pytest.approx(100 * 2 * 0.7 * 0.3, abs=6)
     assert "12 comparisons" not in table.resolution
@@ -173,10 +175,10 @@ def test_samples_come_from_the_rows_of_a_record(tmp_path):
     write(tmp_path / "samples.parquet", 10)
     filed = record()
     filed.metrics["cam_cos"]["true"]["per_class"] = {"b": {}}
-    found = load_samples(tmp_path / "samples.parquet", filed)
-    assert found.values["cl"].tolist() == [1, 0] * 5
-    assert found.counted.tolist() == [False, True] * 5
-    assert found.people.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    loaded = load_samples(tmp_path / "samples.parquet", filed)
+    assert loaded.values["cl"].tolist() == [1, 0] * 5
+    assert loaded.counted.tolist() == [False, True] * 5
+    assert loaded.people.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_rows_of_another_number_of_samples_are_refused(tmp_path):

@@ -108,9 +108,9 @@ def test_without_and_with_guidance_stand_side_by_side():
     assert table.rows[0].stats["cam_cos", "au"].mean == 0.7
 
 
-@pytest.mark.parametrize("other", [{"protocol": "test-selected"}, {"variant": "official"}, {"fingerprint": "e" * 64}, {"lr": 0.2}])
-def test_rows_that_may_not_be_compared_are_never_in_one_table(other):
-    assert len(build_tables([record(), record(seed=1, **other)])) == 2
+@pytest.mark.parametrize("changes", [{"protocol": "test-selected"}, {"variant": "official"}, {"fingerprint": "e" * 64}, {"lr": 0.2}])
+def test_rows_that_may_not_be_compared_are_never_in_one_table(changes):
+    assert len(build_tables([record(), record(seed=1, **changes)])) == 2
 
 
 def test_two_guidance_settings_are_two_rows_beside_the_same_unguided_runs():
@@ -241,7 +241,7 @@ def test_a_row_is_verified_only_if_all_its_records_are():
 def test_a_batch_dependent_row_is_marked_in_every_format():
     tables = build_tables([record(invariance={"holds": True}), record(seed=1, invariance={"holds": False})])
     assert "CAM ⚠ batch-dependent" in render(tables, "md")
-    assert "not judged, not ranked" in render(tables, "latex")
+    assert "not tested, not ranked" in render(tables, "latex")
     assert json.loads(render(tables, "json"))["tables"][0]["rows"][0]["batch_dependent"] is True
     assert {line["batch_dependent"] for line in csv.DictReader(io.StringIO(render(tables, "csv")))} == {"True"}
 
@@ -255,7 +255,7 @@ def test_maps_that_show_no_place_are_counted_beside_the_row_in_every_format():
     )
     text = render(tables, "md")
     assert r"CAM \[15 of 140 maps constant, 1 of 140 maps not finite\]" in text
-    assert r"\[maps constant\]: of the true class" in text
+    assert r"\[maps constant\]: maps of the true class" in text
     assert "ACoL \\[" not in text
     rows = json.loads(render(tables, "json"))["tables"][0]["rows"]
     assert rows[0]["maps"] == {"samples": 140, "constant": 15, "not_finite": 1}

@@ -51,29 +51,30 @@ def test_rows_nearer_to_the_best_than_the_critical_difference_are_tied():
 def test_a_row_that_is_not_on_every_dataset_is_left_out_and_named():
     (ranking,) = rank(tables({**CL, "last": {"cam": 0.8, "acol": 0.7}}))
     assert [row.method for row in ranking.rows] == ["cam", "acol"]
-    assert ranking.notes == ("left out, as they are not in every table: ADL (mini)",)
+    assert ranking.notes == ("left out, because they are not in every table: ADL (mini)",)
 
 
 def test_a_dataset_that_shares_too_little_is_left_out_and_named():
     (ranking,) = rank(tables({**CL, "last": {"prm": 0.8}}))
     assert ranking.datasets == ("faces", "more")
-    assert "last left out: it shares too few rows with the others" in ranking.notes
+    assert "last left out: it shares fewer than two rows with the rest" in ranking.notes
 
 
 def test_a_batch_dependent_row_is_not_ranked():
     runs = [
         record(method=m, dataset=d, fingerprint=d, invariance={"holds": m != "cam"}) for d in ("a", "b") for m in ("cam", "acol", "adl")
     ]
-    (ranking,) = rank(build_tables(Run(record=one) for one in runs))
+    (ranking,) = rank(build_tables(Run(record=entry) for entry in runs))
     assert [row.method for row in ranking.rows] == ["acol", "adl"]
     assert "CAM (mini) left out: batch-dependent on a" in ranking.notes
 
 
 @pytest.mark.parametrize(
-    "other", [{"protocol": "test-selected"}, {"variant": "official"}, {"lr": 0.2}, {"provenance": {"partial": {"test": {"fear": [1, 74]}}}}]
+    "changes",
+    [{"protocol": "test-selected"}, {"variant": "official"}, {"lr": 0.2}, {"provenance": {"partial": {"test": {"fear": [1, 74]}}}}],
 )
-def test_tables_made_differently_are_not_ranked_together(other):
-    assert rank((*tables({"faces": CL["faces"]}), *tables({"more": CL["more"]}, **other))) == ()
+def test_tables_made_differently_are_not_ranked_together(changes):
+    assert rank((*tables({"faces": CL["faces"]}), *tables({"more": CL["more"]}, **changes))) == ()
 
 
 def test_one_dataset_is_no_ranking():
@@ -82,7 +83,7 @@ def test_one_dataset_is_no_ranking():
 
 def test_two_versions_of_a_dataset_are_not_two_datasets():
     twice = [record(method=m, fingerprint=f) for f in "ab" for m in CL["faces"]]
-    assert rank(build_tables(Run(record=one) for one in twice)) == ()
+    assert rank(build_tables(Run(record=entry) for entry in twice)) == ()
 
 
 def test_every_format_shows_the_ranking():

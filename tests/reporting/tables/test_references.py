@@ -16,7 +16,7 @@ from .test_leaderboard import record
 
 def tables(*, entry="rafdb", backbone="resnet50", **facts):
     filed = [record(backbone=backbone, guidance=g, cl=0.85, cam=0.6, att=0.6, **facts) for g in ("none", "au")]
-    return build_tables(Run(record=one.model_copy(update={"data": one.data.model_copy(update={"entry": entry})})) for one in filed)
+    return build_tables(Run(record=filed.model_copy(update={"data": filed.data.model_copy(update={"entry": entry})})) for filed in filed)
 
 
 def test_the_published_table_comes_with_the_package():
@@ -30,11 +30,11 @@ def test_the_published_table_comes_with_the_package():
 
 def test_a_published_figure_stands_beside_ours_with_the_difference():
     (table,) = tables()
-    found = beside(table, load_reference("paper"))
-    reported = found.figures[0, ("cl", "au")]
+    published = beside(table, load_reference("paper"))
+    reported = published.figures[0, ("cl", "au")]
     assert (reported.value, reported.difference) == (pytest.approx(0.8895), pytest.approx(0.85 - 0.8895))
-    assert "unverified, test-selected, one run per cell" in found.words
-    assert "Not like with like: protocol val here, variant paper here" in found.words
+    assert "unverified, test-selected, one run per cell" in published.words
+    assert "Not made alike: protocol val here, variant paper here" in published.words
 
 
 def test_every_format_labels_what_was_reported():
@@ -68,7 +68,7 @@ def test_a_table_to_which_nothing_applies_says_so(facts, why):
 
 
 def test_an_unknown_reference_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"no such reference. Did you mean 'belharbi2024'"):
+    with pytest.raises(ValueError, match=r"unknown reference. Did you mean 'belharbi2024'"):
         load_reference("belharbi")
 
 
@@ -78,15 +78,15 @@ def test_a_reference_of_ones_own_is_read_from_its_file(tmp_path):
         "figures": {"rafdb": {"cam": [80.0, None, 0.5, None, None, None]}},
     }
     (tmp_path / "own.json").write_text(json.dumps(own))
-    found = beside(tables()[0], load_reference(str(tmp_path / "own.json")))
-    assert set(found.figures) == {(0, ("cl", "none")), (0, ("cam_cos", "none"))}
+    published = beside(tables()[0], load_reference(str(tmp_path / "own.json")))
+    assert set(published.figures) == {(0, ("cl", "none")), (0, ("cam_cos", "none"))}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"figures": {"rafdb": {"cam": [80.0]}}}, "figures.rafdb.cam has 1 figures for 6 columns"),
-        ({"figures": {"rafdb": {"mine": [80.0] * 6}}}, "backbones does not say on which backbone"),
+        ({"figures": {"rafdb": {"mine": [80.0] * 6}}}, "its backbone is missing: add mine to backbones"),
         ({"protocol": "best"}, "protocol: Input should be"),
     ],
 )
