@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Tests at a time, each in a process with one thread: as many as there are cores to spare.
 WORKERS ?= 2
 
-.PHONY: demo leaderboard test test-marked test-lowest lint types check clean
+.PHONY: demo leaderboard test test-marked test-lowest lint types docs check clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "bench needs Python 3.11 or newer; say make PYTHON=python3.12"'
@@ -49,10 +49,18 @@ lint: $(READY)
 
 # Types are checked on the built wheel: there `bench.methods` is where every tool looks for it.
 types: $(READY)
-	rm -rf build
+	rm -rf build/bdist.* build/lib build/types build/wheel
 	$(BIN)/python -m build --wheel --outdir build/wheel . > /dev/null
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types build/wheel/*.whl
 	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p bench
+
+# The documentation site, build/docs/index.html: reading it needs no network. Broken links and docstrings are errors.
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going --builder html docs build/docs
 
 check: lint types test test-marked
 
