@@ -24,6 +24,15 @@ NOT_FOR_CHILDREN = frozenset({*ProcessFlags.__dataclass_fields__, "dry_run", "on
 """Options that are no part of `RunRequest.command`."""
 
 
+Wait = Annotated[
+    bool | None,
+    typer.Option(
+        help="Wait at the end for trainings that other runs work on (default), or for Slurm jobs (default: do not wait).",
+        show_default=False,
+    ),
+]
+
+
 @expanded
 def run(
     context: typer.Context,
@@ -33,13 +42,7 @@ def run(
     track: Annotated[str | None, typer.Option(help="Trackers: tensorboard, wandb (comma-separated).")] = None,
     device: Device = "auto",
     timeout: Annotated[int, typer.Option(help="Seconds after which a lost process makes the remaining ones fail.")] = 1800,
-    wait: Annotated[
-        bool | None,
-        typer.Option(
-            help="Wait at the end for trainings that other runs work on (default), or for Slurm jobs (default: do not wait).",
-            show_default=False,
-        ),
-    ] = None,
+    wait: Wait = None,
     only: Annotated[str | None, typer.Option(help="Keys of trainings as bench plan shows them, comma-separated: run only these.")] = None,
     *,
     processes: ProcessFlags,

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from bench.data.index import Index, Member, Shard, load_index
+from bench.data.stored import StoredSample, read_sample
 from bench.prepare.landmarks import WEIGHTS, Landmarker, describe_source, open_landmarker
 from bench.registry import did_you_mean
-from bench.reporting.pictures.sheet import StoredSample, read_sample
 
 Points = npt.NDArray[np.float64]
 

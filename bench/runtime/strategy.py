@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bench.config import ConfigError, TrainConfig
-from bench.training.checkpoint import flatten_optimiser, restore_optimiser
-from bench.training.optimiser import clip_gradients
 
 
 class Strategy(ABC):
@@ -40,7 +38,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def optimiser_state(self, optimiser: Optimizer) -> dict[str, Tensor]:
-        """`bench.training.checkpoint.flatten_optimiser` of whole parameters. Collective: call it on all processes."""
+        """`flatten_optimiser` of whole parameters. Collective: call it on all processes."""
 
     @abstractmethod
     def load_optimiser_state(self, optimiser: Optimizer, flat: Mapping[str, Tensor]) -> None:
@@ -117,3 +115,27 @@ def numerics(config: TrainConfig) -> Iterator[None]:
     finally:
         cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before[:3]
         torch.use_deterministic_algorithms(before[3])
+
+
+def flatten_optimiser(optimiser: Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as named tensors, ``<parameter number>.<slot>``. Groups are rebuilt from the configuration."""
+    state = optimiser.state_dict()["state"]
+    return {
+        f"{number}.{slot}": torch.as_tensor(value) for number, slots in state.items() for slot, value in slots.items() if value is not None
+    }
+
+
+def restore_optimiser(optimiser: Optimizer, flat: Mapping[str, Tensor]) -> None:
+    """Put back what `flatten_optimiser` took."""
+    whole = optimiser.state_dict()
+    whole["state"] = {}
+    for name, tensor in flat.items():
+        number, slot = name.split(".", 1)
+        whole["state"].setdefault(int(number), {})[slot] = tensor
+    optimiser.load_state_dict(whole)
+
+
+def clip_gradients(module: nn.Module, largest: float) -> None:
+    """Scale the gradient down to a norm of at most ``largest``; 0 = leave it."""
+    if largest > 0:
+        torch.nn.utils.clip_grad_norm_(module.parameters(), largest)

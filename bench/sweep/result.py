@@ -102,19 +102,24 @@ def compose_record(cell: Cell, result: Evaluated, facts: RunFacts, *, hashes: Ha
         maps_sha256=hashes.maps,
         code=facts.code,
         hardware=hardware_facts(facts.engine.device, world_size=facts.engine.world_size),
-        cost={
-            "parameters": trained["parameters"],
-            "macs": facts.macs,
-            "training_seconds": trained["seconds"],
-            "training_images_per_second": trained["images_per_second"],
-            "training_peak_memory_bytes": trained["peak_memory_bytes"],
-            "training_processes": trained["process_counts"][-1],
-            "evaluation_seconds": facts.seconds,
-            "evaluation_cells": facts.cells,
-            "evaluation_images_per_second": len(rows.keys) / facts.seconds,
-            "evaluation_peak_memory_bytes": result.peak_memory_bytes,
-            "map_seconds_per_image": result.map_seconds_per_image,
-        },
+        cost=_cost(result, facts),
         seeds={"seed": training.seed, **{role: training.derived_seed(role) for role in ("init", "data", "step")}},
         finished=timestamp(),
     )
+
+
+def _cost(result: Evaluated, facts: RunFacts) -> dict[str, Any]:
+    trained = facts.trained
+    return {
+        "parameters": trained["parameters"],
+        "macs": facts.macs,
+        "training_seconds": trained["seconds"],
+        "training_images_per_second": trained["images_per_second"],
+        "training_peak_memory_bytes": trained["peak_memory_bytes"],
+        "training_processes": trained["process_counts"][-1],
+        "evaluation_seconds": facts.seconds,
+        "evaluation_cells": facts.cells,
+        "evaluation_images_per_second": len(result.rows.keys) / facts.seconds,
+        "evaluation_peak_memory_bytes": result.peak_memory_bytes,
+        "map_seconds_per_image": result.map_seconds_per_image,
+    }

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from bench.io import file_sha256, follow_umask, fsync_folder, temporary_folder
 
@@ -183,24 +182,6 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
             f"Who owns it can share it with the group: chmod -R g+rwX {folder.parent.parent}"
         ) from error
     return state
-
-
-def flatten_optimiser(optimiser: Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as named tensors, ``<parameter number>.<slot>``. Groups are rebuilt from the configuration."""
-    state = optimiser.state_dict()["state"]
-    return {
-        f"{number}.{slot}": torch.as_tensor(value) for number, slots in state.items() for slot, value in slots.items() if value is not None
-    }
-
-
-def restore_optimiser(optimiser: Optimizer, flat: Mapping[str, Tensor]) -> None:
-    """Put back what `flatten_optimiser` took."""
-    whole = optimiser.state_dict()
-    whole["state"] = {}
-    for name, tensor in flat.items():
-        number, slot = name.split(".", 1)
-        whole["state"].setdefault(int(number), {})[slot] = tensor
-    optimiser.load_state_dict(whole)
 
 
 def hash_weights(module: nn.Module) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -50,9 +49,3 @@ def set_learning_rate(optimiser: Optimizer, value: float) -> None:
     """Write the rate into every group, times the group's own ratio."""
     for group in optimiser.param_groups:
         group["lr"] = value * group["lr_ratio"]
-
-
-def clip_gradients(module: nn.Module, largest: float) -> None:
-    """Scale the gradient down to a norm of at most ``largest``; 0 = leave it."""
-    if largest > 0:
-        torch.nn.utils.clip_grad_norm_(module.parameters(), largest)

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from bench.cli.data import app, find_prepared, parse_options
 from bench.data.index import load_index
+from bench.data.stored import read_sample
 from bench.prepare import landmark_check
 from bench.prepare.landmarks import Landmarker
-from bench.reporting.pictures.sheet import read_sample
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,15 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
+from bench.runtime.strategy import flatten_optimiser, restore_optimiser
 from bench.training import checkpoint
 from bench.training.checkpoint import (
     DamagedCheckpointError,
-    flatten_optimiser,
     hash_weights,
     keep_only,
     load_checkpoint,
     load_latest,
     newest_checkpoint,
-    restore_optimiser,
     save_checkpoint,
 )
 

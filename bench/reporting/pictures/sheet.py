@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from bench.data.index import Member, Shard, load_index
+from bench.data.index import load_index
+from bench.data.stored import StoredSample, read_sample
 from bench.registry import did_you_mean
 
 _LABEL_WIDTH = 110
 _GAP = 4
 _HEADING = 22
-
-
-class StoredSample(NamedTuple):
-    """One sample of a shard, unpacked."""
-
-    key: str
-    image: Image.Image
-    landmarks: npt.NDArray[np.float64] | None
-    source: str
 
 
 def contact_sheet(folder: Path, *, split: str = "train", per_class: int = 3, cell: int = 128) -> Image.Image:
@@ -69,30 +58,6 @@ def contact_sheet(folder: Path, *, split: str = "train", per_class: int = 3, cel
             for place, picture in enumerate(_views(sample, au_map, cell=cell, font=font)):
                 sheet.paste(picture, (left + place * (cell + _GAP // 2), top))
     return sheet
-
-
-def read_sample(folder: Path, shard: Shard, member: Member) -> StoredSample:
-    """Read one sample of a prepared dataset.
-
-    Raises:
-        ValueError: it cannot be read; the message says how to check the whole.
-    """
-    where = f"{folder / shard.name}, sample {member.key}"
-    with (folder / shard.name).open("rb") as file:
-        file.seek(member.jpg_offset)
-        jpg = file.read(member.jpg_bytes)
-        file.seek(member.json_offset)
-        note = file.read(member.json_bytes)
-    try:
-        with Image.open(io.BytesIO(jpg), formats=["JPEG"]) as picture:
-            image = picture.convert("RGB")
-        annotation = json.loads(note)
-        points = annotation["landmarks"]
-        return StoredSample(
-            member.key, image, None if points is None else np.asarray(points, np.float64).reshape(68, 2), annotation["source"]
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where} cannot be read: {error}. Check the whole: bench data verify {folder}") from error
 
 
 def _au_maps(samples: Sequence[StoredSample], class_name: str, *, size: int) -> list[npt.NDArray[np.float32] | None]:

@@ -13,10 +13,10 @@ import torch
 from bench.au.codebook import REFERENCE_FRAME
 from bench.au.maps import action_unit_maps, expression_ids
 from bench.data.index import INDEX_NAME, Index, load_index
+from bench.data.stored import read_sample
 from bench.data.transforms import eval_landmarks
 from bench.dataset import DATASETS
 from bench.evaluation.class_maps import SIDE, Bytes
-from bench.reporting.pictures.sheet import read_sample
 from bench.sweep.record import Record
 
 
