@@ -191,7 +191,7 @@ def _assemble(
     dim: int,
     depth: int,
     heads: int,
-    others: Mapping[str, Callable[[], State]] | None = None,
+    sources: Mapping[str, Callable[[], State]] | None = None,
 ) -> PoolingViT:
     vit = VisionTransformer(
         img_size=grid,
@@ -213,7 +213,7 @@ def _assemble(
         width=widths[-1],
     )
     # Weights of the convolutional part alone leave the transformer as initialised.
-    load_weights(net, options.weights, timm_name=None, others=others, fresh=("vit.", "attn_f."))
+    load_weights(net, options.weights, timm_name=None, sources=sources, fresh=("vit.", "attn_f."))
     net.pretrained = options.weights != "random"
     return net
 
@@ -260,7 +260,7 @@ class APViT(PoolingViT):
             dim=768,
             depth=8,
             heads=8,
-            others={"ms1m": lambda: {f"extractor.{name}": tensor for name, tensor in ms1m_weights().items()}},
+            sources={"ms1m": lambda: {f"extractor.{name}": tensor for name, tensor in ms1m_weights().items()}},
         )
 
 

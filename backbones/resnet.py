@@ -80,7 +80,7 @@ class ResNet(TimmResNet):
         """See `Backbone.build`. ResNet-50 also has the weights ``vggface2``."""
         assert isinstance(options, cls.Options)
         net = timm.create_model(cls.arch, pretrained=False, num_classes=0, global_pool="", drop_path_rate=options.drop_path)
-        load_weights(net, options.weights, timm_name=f"{cls.arch}.tv_in1k", others=cls.other_weights)
+        load_weights(net, options.weights, timm_name=f"{cls.arch}.tv_in1k", sources=cls.other_weights)
         if options.large_maps:
             remove_last_strides(net)
         backbone = cls(net, pretrained=options.weights != "random")

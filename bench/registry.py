@@ -216,8 +216,8 @@ class Registry(Generic[T, I]):
     def families(self) -> tuple[Entry[T, I], ...]:
         """The families, each as an entry with the name ``PREFIX:NAME``, for lists."""
         prefixes = sorted(self._families.keys() | self._family_points().keys())
-        found = (self._load(prefix, self._families, self._family_points(), known=()) for prefix in prefixes)
-        return tuple(dataclasses.replace(entry, name=f"{entry.name}:NAME") for entry in found)
+        members = (self._load(prefix, self._families, self._family_points(), known=()) for prefix in prefixes)
+        return tuple(dataclasses.replace(entry, name=f"{entry.name}:NAME") for entry in members)
 
     def __iter__(self) -> Iterator[Entry[T, I]]:
         """All entries in order of their names; families have no end and are left out."""
@@ -253,13 +253,13 @@ class Registry(Generic[T, I]):
 
     def _entry_points(self, suffix: str = "") -> dict[str, EntryPoint]:
         if suffix not in self._lazy:
-            found: dict[str, EntryPoint] = {}
+            points: dict[str, EntryPoint] = {}
             for point in entry_points(group=self.group + suffix):
-                other = found.get(point.name)
-                if other is not None and other.value != point.value:
-                    raise ValueError(f"{self.noun} {point.name!r} is defined twice: in {_describe(other)} and in {_describe(point)}")
-                found[point.name] = point
-            self._lazy[suffix] = found
+                earlier = points.get(point.name)
+                if earlier is not None and earlier.value != point.value:
+                    raise ValueError(f"{self.noun} {point.name!r} is defined twice: in {_describe(earlier)} and in {_describe(point)}")
+                points[point.name] = point
+            self._lazy[suffix] = points
         return self._lazy[suffix]
 
 

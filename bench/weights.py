@@ -66,7 +66,7 @@ def load_weights(
     weights: str,
     *,
     timm_name: str | None,
-    others: Mapping[str, Callable[[], State]] | None = None,
+    sources: Mapping[str, Callable[[], State]] | None = None,
     dropped: tuple[str, ...] = (),
     fresh: tuple[str, ...] = (),
     rename: Callable[[State], State] | None = None,
@@ -78,10 +78,10 @@ def load_weights(
     Args:
         net: the network, without classifier.
         weights: ``random`` (leave as initialised), ``imagenet`` (timm's published weights of ``timm_name``), a key of
-            ``others``, or a path of a file of tensors (safetensors or PyTorch, whatever its ending). Classifier weights in
+            ``sources``, or a path of a file of tensors (safetensors or PyTorch, whatever its ending). Classifier weights in
             it are ignored; a wrapper or a common prefix is undone where exactly one way fits.
         timm_name: timm model name with its pretrained tag; None where no published weights exist.
-        others: further names of weights -> what reads them.
+        sources: further names of weights -> function that reads them.
         dropped: prefixes of tensors of the published network that ``net`` does not have; ignored.
         fresh: prefixes of modules of ``net`` that the published network does not have: a source may lack one of them
             altogether, which then keeps its random weights. Nothing else may be missing.
@@ -94,7 +94,7 @@ def load_weights(
         ValueError: the file is damaged or would need code; its tensors do not fit, in which case missing, unknown and
             misshapen names are listed; several of its networks fit; or a tensor holds NaN or infinity.
     """
-    others = others or {}
+    sources = sources or {}
     if weights == "random" or not _loading.get():
         return
 
@@ -104,15 +104,15 @@ def load_weights(
         state = {name: tensor for name, tensor in state.items() if not name.startswith(ignored)}
         return rename(state) if rename else state
 
-    if weights in others:
-        fit(net, prepare(others[weights]()), source=weights, fresh=fresh)
+    if weights in sources:
+        fit(net, prepare(sources[weights]()), source=weights, fresh=fresh)
     elif weights == "imagenet":
         if timm_name is None:
-            known = " or ".join(repr(name) for name in ("random", *others))
+            known = " or ".join(repr(name) for name in ("random", *sources))
             raise ValueError(f"weights = 'imagenet': no published weights for this network; use {known}, or the path of a file")
         fit(net, prepare(published_weights(timm_name, **(timm_options or {}))), source=weights, fresh=fresh)
     else:
-        tables = read_tables(Path(weights), names=("random", *(("imagenet",) if timm_name else ()), *others))
+        tables = read_tables(Path(weights), names=("random", *(("imagenet",) if timm_name else ()), *sources))
         _fit_file(net, tables, prepare=prepare, source=weights, fresh=fresh, key=key)
 
 
@@ -334,10 +334,10 @@ def check_sha256(path: Path, expected: str) -> None:
     Raises:
         ValueError: they differ.
     """
-    found = file_sha256(path)
-    if not found.startswith(expected):
-        found = found[: len(expected)]
-        raise ValueError(f"{path.resolve()} is damaged: its sha256 starts with {found}, published is {expected}; delete it and run again")
+    actual = file_sha256(path)
+    if not actual.startswith(expected):
+        actual = actual[: len(expected)]
+        raise ValueError(f"{path.resolve()} is damaged: its sha256 starts with {actual}, published is {expected}; delete it and run again")
 
 
 def stored_file(name: str, *, source: str) -> Path:
@@ -535,11 +535,11 @@ def resnet50_from_vggface2(arrays: Mapping[str, np.ndarray[Any, Any]]) -> State:
     wanted = {"conv1/7x7_s2": ("conv1", "bn1")}
     for stage, blocks in enumerate((3, 4, 6, 3), start=1):
         for block in range(blocks):
-            ours, theirs = f"layer{stage}.{block}", f"conv{stage + 1}_{block + 1}"
+            own, published = f"layer{stage}.{block}", f"conv{stage + 1}_{block + 1}"
             for number, part in enumerate(("1x1_reduce", "3x3", "1x1_increase"), start=1):
-                wanted[f"{theirs}_{part}"] = (f"{ours}.conv{number}", f"{ours}.bn{number}")
+                wanted[f"{published}_{part}"] = (f"{own}.conv{number}", f"{own}.bn{number}")
             if block == 0:
-                wanted[f"{theirs}_1x1_proj"] = (f"{ours}.downsample.0", f"{ours}.downsample.1")
+                wanted[f"{published}_1x1_proj"] = (f"{own}.downsample.0", f"{own}.downsample.1")
     left = {name.removesuffix(":0"): array for name, array in arrays.items()}
     state: State = {}
     missing: list[str] = []
@@ -550,13 +550,13 @@ def resnet50_from_vggface2(arrays: Mapping[str, np.ndarray[Any, Any]]) -> State:
             return torch.empty(0)
         return torch.from_numpy(np.ascontiguousarray(left.pop(name), dtype=np.float32))
 
-    for theirs, (conv, norm) in wanted.items():
-        kernel = take(f"{theirs}/kernel")
+    for published, (conv, norm) in wanted.items():
+        kernel = take(f"{published}/kernel")
         state[f"{conv}.weight"] = kernel.permute(3, 2, 0, 1).contiguous() if kernel.ndim == 4 else kernel
-        state[f"{norm}.weight"] = take(f"{theirs}/bn/gamma")
-        state[f"{norm}.bias"] = take(f"{theirs}/bn/beta")
-        state[f"{norm}.running_mean"] = take(f"{theirs}/bn/moving_mean")
-        state[f"{norm}.running_var"] = take(f"{theirs}/bn/moving_variance") + (1e-3 - 1e-5)
+        state[f"{norm}.weight"] = take(f"{published}/bn/gamma")
+        state[f"{norm}.bias"] = take(f"{published}/bn/beta")
+        state[f"{norm}.running_mean"] = take(f"{published}/bn/moving_mean")
+        state[f"{norm}.running_var"] = take(f"{published}/bn/moving_variance") + (1e-3 - 1e-5)
     problems = [f"missing {name}" for name in missing] + [f"unknown {name}" for name in left]
     if problems:
         raise ValueError(f"these are not the weights of keras-vggface's ResNet-50: {'; '.join(problems[:6])} ({len(problems)} in all)")

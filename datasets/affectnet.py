@@ -190,7 +190,7 @@ class NpyRelease(Release):
 
     def affect(self, source: str) -> dict[str, float]:
         """See `Release.affect`. A missing file means that it is not known."""
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for name, kind in (("valence", "_val.npy"), ("arousal", "_aro.npy")):
             path = self._beside(source, kind)
             if path.is_file():
@@ -199,8 +199,8 @@ class NpyRelease(Release):
                 except ValueError as error:
                     raise BadPictureError(f"{path.name}: {error}") from error
                 if -1 <= value <= 1:  # -2 says "not known"
-                    found[name] = value
-        return found
+                    values[name] = value
+        return values
 
     def facts(self) -> dict[str, Any]:
         """See `Release.facts`."""
@@ -333,9 +333,9 @@ class Table:
                 hashes.append(hash(path))
                 offsets.append(offset)
                 offset += len(line)
-        found = np.frombuffer(hashes, np.int64)
-        order = np.argsort(found, kind="stable")
-        return found[order], order, np.frombuffer(offsets, np.int64)
+        numbers = np.frombuffer(hashes, np.int64)
+        order = np.argsort(numbers, kind="stable")
+        return numbers[order], order, np.frombuffer(offsets, np.int64)
 
     def _ordered(self, line: bytes) -> list[str]:
         cells = _cells(line)
@@ -424,10 +424,10 @@ class CsvRelease(Release):
 
     def face(self, source: str, *, landmarks: bool) -> Face:
         """See `Release.face`. The picture is the face box of the row."""
-        found = self._row(source)
-        if found is None:
+        row = self._row(source)
+        if row is None:
             raise BadPictureError(f"no line of {' or '.join(table.relative for table in self.tables.values())} is about it")
-        where, cells = found
+        where, cells = row
         try:
             x, y, width, height = (float(cell) for cell in cells[1:5])
         except ValueError:
@@ -456,8 +456,8 @@ class CsvRelease(Release):
 
     def affect(self, source: str) -> dict[str, float]:
         """See `Release.affect`."""
-        found = self._row(source)
-        return self._affect(*found) if found else {}
+        row = self._row(source)
+        return self._affect(*row) if row else {}
 
     def facts(self) -> dict[str, Any]:
         """See `Release.facts`."""
@@ -467,22 +467,22 @@ class CsvRelease(Release):
     def _row(self, source: str) -> tuple[str, list[str]] | None:
         for split in ("test", "train"):  # a picture that both list is in test
             table = self.tables[split]
-            found = table.find(source.removeprefix(f"{self.images}/"))
-            if found is not None:
-                return f"{table.relative}: line {found[0]}", found[1]
+            row = table.find(source.removeprefix(f"{self.images}/"))
+            if row is not None:
+                return f"{table.relative}: line {row[0]}", row[1]
         return None
 
     @staticmethod
     def _affect(where: str, cells: Sequence[str]) -> dict[str, float]:
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for name, cell in (("valence", cells[7]), ("arousal", cells[8])):
             try:
                 value = float(cell)
             except ValueError:
                 raise BadPictureError(f"{where}: {name} {cell!r} is not a number") from None
             if -1 <= value <= 1:  # -2 says "not known"
-                found[name] = value
-        return found
+                values[name] = value
+        return values
 
 
 _PAPER = (
@@ -586,24 +586,24 @@ class AffectNet(PublishedDataset):
         release = self._release(required=True)
         assert release is not None
         wanted = {original: self.classes.index(name) for original, name in enumerate(ORIGINAL) if name in self.classes}
-        found: dict[str, list[Item]] = {"test": [], "train": []}
+        items_of: dict[str, list[Item]] = {"test": [], "train": []}
         left_out: dict[str, dict[str, int]] = {}
         of_test: set[str] = set()
-        for split, items in found.items():
-            others: Counter[int] = Counter()
+        for split, items in items_of.items():
+            excluded: Counter[int] = Counter()
             for source, original in release.pictures(split, keep=wanted, reject=self._reject, notes=notes):
                 if split == "test":
                     of_test.add(source)
                 if original not in wanted:
-                    others[original] += 1
+                    excluded[original] += 1
                 elif split == "train" and source in of_test:
                     self._reject(split, source, "listed for test too, and kept there only")
                 else:
                     items.append(Item(source=source, label=wanted[original]))
-            left_out[split] = {ORIGINAL[original]: others[original] for original in sorted(others)}
+            left_out[split] = {ORIGINAL[original]: excluded[original] for original in sorted(excluded)}
         self._facts |= {**release.facts(), "left_out": left_out}
-        self._require(found)
-        return self._with_val(found["train"], found["test"])
+        self._require(items_of)
+        return self._with_val(items_of["train"], items_of["test"])
 
     def _of_folds(self, notes: list[str]) -> Mapping[str, Sequence[Item]]:
         if self.classes != EXPRESSIONS:
@@ -611,10 +611,10 @@ class AffectNet(PublishedDataset):
         folds = self._folds()
         release = self._release(required=False)
         splits = ["train", "test"] if folds.val_is_test or "val" not in folds.labels else ["train", "val", "test"]
-        found: dict[str, list[Item]] = {}
+        items_of: dict[str, list[Item]] = {}
         by_name: dict[str, int] = {}
         for split in splits:
-            items = found[split] = []
+            items = items_of[split] = []
             used: set[str] = set()
             names: Mapping[str, list[str]] | None = None
             for name, label in folds.labels[split].items():
@@ -646,11 +646,11 @@ class AffectNet(PublishedDataset):
                 "used, with their own landmarks, as those of the folds belong to other pixels"
             )
         self._facts |= {**(release.facts() if release else {}), "folds": {**folds.facts(), "pictures_found_by_name": by_name}}
-        self._require(found)
-        if "val" in found:
+        self._require(items_of)
+        if "val" in items_of:
             self._facts["val"] = {"cut_from_train": False}
-            return found
-        return self._with_val(found["train"], found["test"])
+            return items_of
+        return self._with_val(items_of["train"], items_of["test"])
 
     @staticmethod
     def _by_stem(release: Release | None, split: str) -> Mapping[str, list[str]]:
@@ -659,8 +659,8 @@ class AffectNet(PublishedDataset):
             names.setdefault(_stem(posixpath.basename(source)), []).append(source)
         return names
 
-    def _require(self, found: Mapping[str, Sequence[Item]]) -> None:
-        for split, items in found.items():
+    def _require(self, items_of: Mapping[str, Sequence[Item]]) -> None:
+        for split, items in items_of.items():
             lost = [line for line in self._rejected if line.split == split]
             if not items:
                 first = f"; first of {len(lost)} that cannot be used: {lost[0].source}: {lost[0].reason}" if lost else ""

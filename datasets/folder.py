@@ -76,9 +76,9 @@ class Folder(Dataset):
     def classes(self) -> tuple[str, ...]:
         """Class names found in any split: expressions first, in the project's order, then the others alphabetically."""
         if self._classes is None:
-            found = {folder.name for split in self._split_folders().values() for folder in _folders(split)}
-            expressions = tuple(name for name in EXPRESSIONS if name in found)
-            self._classes = expressions + tuple(sorted(found - set(expressions)))
+            names = {folder.name for split in self._split_folders().values() for folder in _folders(split)}
+            expressions = tuple(name for name in EXPRESSIONS if name in names)
+            self._classes = expressions + tuple(sorted(names - set(expressions)))
         return self._classes
 
     def splits(self) -> Mapping[str, Sequence[Item]]:
@@ -89,19 +89,21 @@ class Folder(Dataset):
         stray = [p.name for p in _folders(self.root) if p.name not in folders]
         if stray:
             notes.append(f"not a split, left out: {', '.join(stray)}")
-        found = {split: self._items(folder) for split, folder in folders.items()}
-        self._check_classes(found, notes)
+        items_of = {split: self._items(folder) for split, folder in folders.items()}
+        self._check_classes(items_of, notes)
         if self.options.identity_pattern:
-            self._check_identities(found, notes)
+            self._check_identities(items_of, notes)
 
-        if "val" in found:
-            facts: dict[str, Any] = {"sources_sha256": hash_sources(found["val"]), "cut_from_train": False}
+        if "val" in items_of:
+            facts: dict[str, Any] = {"sources_sha256": hash_sources(items_of["val"]), "cut_from_train": False}
         else:
-            found["train"], found["val"], facts = cut_val(found["train"], fraction=self.options.val_fraction, salt=self.options.val_salt)
+            items_of["train"], items_of["val"], facts = cut_val(
+                items_of["train"], fraction=self.options.val_fraction, salt=self.options.val_salt
+            )
         self._provenance = {"val": facts}
-        self._provenance["landmarks"] = self._check_landmarks(found, notes)
+        self._provenance["landmarks"] = self._check_landmarks(items_of, notes)
         self._provenance["notes"] = notes
-        return {split: mixed(found[split]) for split in SPLITS}
+        return {split: mixed(items_of[split]) for split in SPLITS}
 
     def read(self, item: Item) -> Face:
         """Read one picture upright, with its landmarks turned along.
@@ -174,19 +176,19 @@ class Folder(Dataset):
             raise ValueError(f"split {split.name!r} is empty: no picture in {split}/CLASS/")
         return items
 
-    def _check_classes(self, found: Mapping[str, Sequence[Item]], notes: list[str]) -> None:
-        counts = {split: Counter(item.label for item in items) for split, items in found.items()}
+    def _check_classes(self, items_of: Mapping[str, Sequence[Item]], notes: list[str]) -> None:
+        counts = {split: Counter(item.label for item in items) for split, items in items_of.items()}
         for label, name in enumerate(self.classes):
-            lacking = [split for split in found if not counts[split][label]]
+            lacking = [split for split in items_of if not counts[split][label]]
             if "train" in lacking:
-                others = [other for i, other in enumerate(self.classes) if counts["train"][i]]
-                close = difflib.get_close_matches(name.lower(), others, n=1, cutoff=0.6)
+                seen = [candidate for i, candidate in enumerate(self.classes) if counts["train"][i]]
+                close = difflib.get_close_matches(name.lower(), seen, n=1, cutoff=0.6)
                 hint = f" Is it the same as {close[0]!r}?" if close else ""
                 raise ValueError(f"class {name!r} has no picture in {self.root / 'train'}, so it cannot be learnt.{hint} Add or remove it")
             notes.extend(f"class {name!r} has no picture in {split}" for split in lacking)
 
-    def _check_identities(self, found: Mapping[str, Sequence[Item]], notes: list[str]) -> None:
-        items = [item for split in found.values() for item in split]
+    def _check_identities(self, items_of: Mapping[str, Sequence[Item]], notes: list[str]) -> None:
+        items = [item for split in items_of.values() for item in split]
         known = sum(item.identity is not None for item in items)
         if not known:
             raise ValueError(
@@ -195,7 +197,7 @@ class Folder(Dataset):
         if known < len(items):
             notes.append(f"identity_pattern matches {known} of {len(items)} file names; the others count as one person each")
 
-    def _check_landmarks(self, found: Mapping[str, Sequence[Item]], notes: list[str]) -> dict[str, Any]:
+    def _check_landmarks(self, items_of: Mapping[str, Sequence[Item]], notes: list[str]) -> dict[str, Any]:
         path = self.root / LANDMARKS_NAME
         if not path.is_file():
             notes.append(f"no {LANDMARKS_NAME}: the pictures have no landmarks, hence no AU maps, no guidance and no CAM-COS")
@@ -216,7 +218,7 @@ class Folder(Dataset):
             raise ValueError(f"{wrong[0]}{more}")
         if 0 < largest <= 1:
             raise ValueError(f"{path}: no coordinate exceeds 1; multiply them by the picture's width and height, pixels are needed")
-        pictures = {item.source for items in found.values() for item in items}
+        pictures = {item.source for items in items_of.values() for item in items}
         normal = {same_name(source) for source in pictures}
         orphans = [source for source in table.sources() if source not in normal]
         if len(orphans) == len(table):

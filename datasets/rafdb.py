@@ -150,17 +150,17 @@ class RAFDB(PublishedDataset):
         notes: list[str] = []
         labels = {str(number): name for number, name in ORIGINAL_LABELS.items()}
         self._facts = {"original_labels": labels, "source": self.options.source, "notes": notes}
-        found, names = self._of_folds(notes) if self.options.folds else self._of_list(notes)
-        for split, items in found.items():
+        items_of, names = self._of_folds(notes) if self.options.folds else self._of_list(notes)
+        for split, items in items_of.items():
             if not items:
                 lost = [line for line in self._rejected if line.split in (split, "?")]
                 first = f"; the first of {len(lost)} unusable ones: {lost[0].source}: {lost[0].reason}" if lost else ""
                 raise ValueError(f"{self.root}: no picture of split {split!r} can be used{first}")
         self._facts["alignment"] = TEMPLATE_NAME if self._facts["source"] == "original" else None
-        if "val" in found:
-            self._facts["val"] = {"cut_from_train": False, "sources_sha256": hash_sources(found["val"])}
-            return {split: mixed(items) for split, items in found.items()}
-        return self._with_val(found["train"], found["test"], names=names)
+        if "val" in items_of:
+            self._facts["val"] = {"cut_from_train": False, "sources_sha256": hash_sources(items_of["val"])}
+            return {split: mixed(items) for split, items in items_of.items()}
+        return self._with_val(items_of["train"], items_of["test"], names=names)
 
     def read(self, item: Item) -> Face:
         """Read one picture upright, aligned if it is an original.
@@ -208,8 +208,8 @@ class RAFDB(PublishedDataset):
     # What the list says
 
     def _of_list(self, notes: list[str]) -> tuple[dict[str, list[Item]], dict[str, str]]:
-        found: dict[str, list[Item]] = {"train": [], "test": []}
-        return self._released(self._lines(), found, notes)
+        items_of: dict[str, list[Item]] = {"train": [], "test": []}
+        return self._released(self._lines(), items_of, notes)
 
     def _lines(self) -> list[_Line]:
         """The usable lines of the list; the others are rejected."""
@@ -257,7 +257,7 @@ class RAFDB(PublishedDataset):
         return list(lines.values())
 
     def _released(
-        self, lines: Iterable[_Line], found: dict[str, list[Item]], notes: list[str]
+        self, lines: Iterable[_Line], items_of: dict[str, list[Item]], notes: list[str]
     ) -> tuple[dict[str, list[Item]], dict[str, str]]:
         """Items of the pictures of the download that lines name, and source -> name; those that lack a file are rejected."""
         lines = list(lines)
@@ -275,7 +275,7 @@ class RAFDB(PublishedDataset):
             elif self.options.source == "original" and f"{_stem(line.name)}_manu_attri.txt" not in points:
                 self._reject(line.split, source, f"no five points: {_MANUAL}/{_stem(line.name)}_manu_attri.txt is missing")
             else:
-                found[line.split].append(Item(source=source, label=line.label))
+                items_of[line.split].append(Item(source=source, label=line.label))
                 names[source] = line.name
         unlisted = sorted(_printable(name) for name in pictures - set(wanted.values()) if not name.startswith("."))
         if unlisted:
@@ -285,7 +285,7 @@ class RAFDB(PublishedDataset):
             notes.append(
                 f"{_MANUAL}: {without} of {len(lines)} pictures have no annotation, so their gender, race and age are not recorded"
             )
-        return found, names
+        return items_of, names
 
     def _file_of(self, name: str) -> str:
         """The file of a name of the list: train_00001.jpg, or train_00001_aligned.jpg."""
@@ -309,7 +309,7 @@ class RAFDB(PublishedDataset):
         folds = self._folds
         facts = folds.facts()
         splits = [split for split in folds.labels if split != "val" or not folds.val_is_test]
-        found: dict[str, list[Item]] = {split: [] for split in splits}
+        items_of: dict[str, list[Item]] = {split: [] for split in splits}
         sources = {name: source for source, name in self._ids_of_folds.items()}
         folders = {str(PurePosixPath(source).parent) for source in sources.values()}
         listings = {folder: _files(self.root / folder) for folder in folders}
@@ -334,11 +334,11 @@ class RAFDB(PublishedDataset):
             names: dict[str, str] = {}
             for name, line in lines.items():
                 if name in present:
-                    found[line.split].append(Item(source=sources[name], label=line.label))
+                    items_of[line.split].append(Item(source=sources[name], label=line.label))
                     names[sources[name]] = f"{line.name}.jpg"  # the name in RAF-DB's list: val is the same with and without folds
                 else:
                     self._reject(line.split, name, "no such file below the raw folder")
-            return found, names
+            return items_of, names
         notes.append(
             f"folds: the pictures they name, such as {min(sources, default='none')}, are not here; splits and classes are those of the "
             f"folds, pictures those of source = {self.options.source}"
@@ -347,7 +347,9 @@ class RAFDB(PublishedDataset):
         by_stem = {
             _stem(file).removesuffix(ending): PurePosixPath(file).suffix for file in _files(self._base / _FOLDERS[self.options.source])
         }
-        return self._released((line._replace(name=f"{line.name}{by_stem.get(line.name, '.jpg')}") for line in lines.values()), found, notes)
+        return self._released(
+            (line._replace(name=f"{line.name}{by_stem.get(line.name, '.jpg')}") for line in lines.values()), items_of, notes
+        )
 
     def _check_landmarks(self, *, found_pictures: bool, example: str) -> None:
         if self.options.landmarks != "shipped":
@@ -388,9 +390,9 @@ class RAFDB(PublishedDataset):
         deeper = next((path.parent for path in sorted(self.root.glob("*/basic")) if path.is_dir()), None)
         if deeper is not None:
             raise FileNotFoundError(f"--raw {self.root} has no basic/, but {deeper} has. Say --raw {deeper}")
-        there = ", ".join(sorted(_printable(path.name) for path in self.root.iterdir())[:5]) or "nothing"
+        content = ", ".join(sorted(_printable(path.name) for path in self.root.iterdir())[:5]) or "nothing"
         raise FileNotFoundError(
-            f"--raw {self.root} has no basic/ (there is: {there}). Expected below it: basic/{LIST_NAME}, "
+            f"--raw {self.root} has no basic/ (there is: {content}). Expected below it: basic/{LIST_NAME}, "
             f"basic/{_FOLDERS['original']}/*.jpg and basic/{_MANUAL}/*_manu_attri.txt.{_hint(self.root / 'basic', {'EmoLabel'})}"
         )
 

@@ -116,23 +116,25 @@ class WebDatasetShards(Dataset):
         contents: dict[str, Any] = {}
         listed = {split: [s for shard in names for s in self._list(shard, split, contents)] for split, names in shards.items()}
         names = self._names(listed)
-        found = {split: self._numbered(split, samples, names) for split, samples in listed.items()}
-        for split, items in found.items():
+        items_of = {split: self._numbered(split, samples, names) for split, samples in listed.items()}
+        for split, items in items_of.items():
             if not items:
                 first = next((f"; first: {r.source}: {r.reason}" for r in self._rejected if r.split == split), "")
                 raise ValueError(f"split {split!r} of {self.root} has no usable sample{first}")
         self._classes = names
-        self._check_classes(found, notes)
+        self._check_classes(items_of, notes)
         without = sum(facts["without_landmarks"] for facts in contents.values())
         if without and self.options.landmarks == "shipped":
             what = "have no landmarks, hence no AU maps, no guidance and no CAM-COS"
             notes.append(f"{without} of {sum(facts['samples'] for facts in contents.values())} samples {what}")
-        if "val" in found:
-            cut: dict[str, Any] = {"sources_sha256": hash_sources(found["val"]), "cut_from_train": False}
+        if "val" in items_of:
+            cut: dict[str, Any] = {"sources_sha256": hash_sources(items_of["val"]), "cut_from_train": False}
         else:
-            found["train"], found["val"], cut = cut_val(found["train"], fraction=self.options.val_fraction, salt=self.options.val_salt)
+            items_of["train"], items_of["val"], cut = cut_val(
+                items_of["train"], fraction=self.options.val_fraction, salt=self.options.val_salt
+            )
         self._provenance = {"val": cut, "shards": contents, "notes": notes}
-        return {split: mixed(found[split]) for split in SPLITS}
+        return {split: mixed(items_of[split]) for split in SPLITS}
 
     def read(self, item: Item) -> Face:
         """Read one picture upright, with its landmarks turned along.
@@ -272,10 +274,10 @@ class WebDatasetShards(Dataset):
             self._rejected.append(Rejected(split=split, source=item.source, reason=f"there is no class {label!r:.60}.{hint}"))
         return items
 
-    def _check_classes(self, found: Mapping[str, Sequence[Item]], notes: list[str]) -> None:
-        counts = {split: Counter(item.label for item in items) for split, items in found.items()}
+    def _check_classes(self, items_of: Mapping[str, Sequence[Item]], notes: list[str]) -> None:
+        counts = {split: Counter(item.label for item in items) for split, items in items_of.items()}
         for label, name in enumerate(self._classes):
-            lacking = [split for split in found if not counts[split][label]]
+            lacking = [split for split in items_of if not counts[split][label]]
             if "train" in lacking:
                 raise ValueError(f"class {name!r} has no usable sample in the train shards of {self.root}, so it cannot be learnt")
             notes.extend(f"class {name!r} has no sample in {split}" for split in lacking)

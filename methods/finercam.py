@@ -45,5 +45,5 @@ class FinerCAM(CAM):
         distance = distance.scatter(1, classes[:, None], float("inf"))
         count = min(self.options.references, distance.shape[1] - 1)
         nearest = distance.sort(dim=1, stable=True).indices[:, :count]
-        others, _ = evidence(classifier, output, nearest)  # (B, count, C)
-        return weighted_sum(weights - self.options.gamma * others.mean(dim=1), channels).relu() / channels[0, 0].numel()
+        nearby, _ = evidence(classifier, output, nearest)  # (B, count, C)
+        return weighted_sum(weights - self.options.gamma * nearby.mean(dim=1), channels).relu() / channels[0, 0].numel()

@@ -34,7 +34,7 @@ def test_the_command_can_be_pasted_into_a_shell():
 
 def test_nothing_says_to_install_the_package_that_somebody_else_calls_bench():
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
-    told = re.compile(r"pip install (?:-\S+ )*['\"]?bench(?![-\w])")
+    command = re.compile(r"pip install (?:-\S+ )*['\"]?bench(?![-\w])")
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in files if name.endswith((".py", ".md", ".toml", ".html", ".txt"))}
     assert texts
-    assert [name for name, text in texts.items() if told.search(text)] == []
+    assert [name for name, text in texts.items() if command.search(text)] == []

@@ -46,10 +46,10 @@ def test_low_and_high_bits_fill_all_cells_evenly():
         assert chi_square < 103.4  # 63 degrees of freedom, once in a thousand
 
 
-@pytest.mark.parametrize("other", [{"stream": 1}, {"parts": (1, 3)}, {"parts": (2, 1)}, {"parts": (1, 2, 0)}])
-def test_streams_epochs_and_seeds_are_uncorrelated(other):
+@pytest.mark.parametrize("changes", [{"stream": 1}, {"parts": (1, 3)}, {"parts": (2, 1)}, {"parts": (1, 2, 0)}])
+def test_streams_epochs_and_seeds_are_uncorrelated(changes):
     a = keyed_uniform(seeds(), stream=0, count=20)
-    b = keyed_uniform(seeds(*other.get("parts", (1, 2))), stream=other.get("stream", 0), count=20)
+    b = keyed_uniform(seeds(*changes.get("parts", (1, 2))), stream=changes.get("stream", 0), count=20)
     correlation = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
     assert abs(correlation) < 3.3 / math.sqrt(a.numel())
     assert not torch.equal(a, b)
@@ -85,17 +85,17 @@ def test_both_numbers_of_a_box_muller_pair_are_uncorrelated():
 
 
 def test_normal_numbers_at_places_are_those_of_the_whole_field():
-    one = seeds()[:1]
-    field = keyed_normal_at(one.expand(100), torch.arange(100), stream=4, count=3)
-    assert torch.equal(keyed_normal_at(one.expand(2), torch.tensor([17, 3]), stream=4, count=3), field[[17, 3]])
+    seed = seeds()[:1]
+    field = keyed_normal_at(seed.expand(100), torch.arange(100), stream=4, count=3)
+    assert torch.equal(keyed_normal_at(seed.expand(2), torch.tensor([17, 3]), stream=4, count=3), field[[17, 3]])
     assert field.unique().numel() == 300
 
 
 def test_derived_seeds_tell_parts_apart():
     parts = [(1,), ("1",), ("ab", "c"), ("a", "bc"), ("abc",), (1, 2), (2, 1), (12,), (-1,), ()]
-    found = {derive_seed(*p) for p in parts}
-    assert len(found) == len(parts)
-    assert all(0 <= value < 2**63 for value in found)
+    derived = {derive_seed(*p) for p in parts}
+    assert len(derived) == len(parts)
+    assert all(0 <= value < 2**63 for value in derived)
 
 
 def test_derived_seeds_never_change():

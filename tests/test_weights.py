@@ -126,7 +126,7 @@ def test_nothing_but_the_declared_gap_may_be_missing():
 
 def test_no_such_file_names_the_words_that_would_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such file, and not one of 'random', 'imagenet', 'ms1m'"):
-        load_weights(net(), str(tmp_path / "none.pth"), timm_name=TINY, others={"ms1m": dict})
+        load_weights(net(), str(tmp_path / "none.pth"), timm_name=TINY, sources={"ms1m": dict})
 
 
 def test_a_misspelt_word_is_not_random():
@@ -449,8 +449,8 @@ def test_a_converted_convolution_computes_what_keras_computes_on_bgr_pictures():
     plain = [sum(rgb[y, x, 2 - c] * kernel[y, x, c, o] for y in range(7) for x in range(7) for c in range(3)) for o in range(4)]
     wanted = (np.array(plain) - bn["moving_mean"]) / np.sqrt(arrays["conv1/7x7_s2/bn/moving_variance:0"] + 1e-3) * bn["gamma"] + bn["beta"]
     with torch.no_grad():
-        found = norm(conv(torch.from_numpy(rgb).permute(2, 0, 1)[None]))[0, :, 0, 0]
-    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5, atol=1e-6)
+        output = norm(conv(torch.from_numpy(rgb).permute(2, 0, 1)[None]))[0, :, 0, 0]
+    np.testing.assert_allclose(output.numpy(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_keras_weights_of_another_network_are_refused_by_name():

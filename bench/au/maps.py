@@ -119,11 +119,11 @@ def _draw(landmarks: Tensor, ids: Tensor, *, frame: int, size: int, variant: str
     valid = landmarks.new_empty(len(landmarks), dtype=torch.bool)
     start = 0
     for part in _chunks(landmarks, ids, _CHUNK_FULL_SIZE if side > GRID else _CHUNK_NATIVE):
-        layers, found = _layers(*part, frame=frame, variant=variant, lists=lists)
-        stop = start + len(found)
+        layers, drawn = _layers(*part, frame=frame, variant=variant, lists=lists)
+        stop = start + len(drawn)
         top = layers.amax(2).permute(2, 0, 1) if side == GRID else _enlarged_maximum(layers, frame)
-        _min_max(top, found, out=maps[start:stop])
-        valid[start:stop] = found
+        _min_max(top, drawn, out=maps[start:stop])
+        valid[start:stop] = drawn
         start = stop
     if size not in (frame, GRID):
         maps = F.interpolate(maps[:, None], size=(size, size), mode="bilinear", antialias=True)[:, 0].clamp_(0, 1)
@@ -177,8 +177,8 @@ def _min_max(maps: Tensor, valid: Tensor, *, out: Tensor) -> None:
 def _layers(landmarks: Tensor, ids: Tensor, *, frame: int, variant: str, lists: _Lists) -> tuple[Tensor, Tensor]:
     """The smoothed drawings: (GRID, GRID, K, B), K drawings per sample, and the validity of each sample (B,)."""
     device = landmarks.device
-    found = landmarks.isfinite().flatten(1).all(1)
-    points = torch.where(found[:, None, None], landmarks, 0).permute(2, 1, 0).float()  # (x or y, 68, B)
+    complete = landmarks.isfinite().flatten(1).all(1)
+    points = torch.where(complete[:, None, None], landmarks, 0).permute(2, 1, 0).float()  # (x or y, 68, B)
     if variant == "official":
         points = points.trunc()
     table = _table(variant, frame, lists, device)
@@ -186,7 +186,7 @@ def _layers(landmarks: Tensor, ids: Tensor, *, frame: int, variant: str, lists: 
         ids = torch.zeros_like(ids)
     known = (ids >= 0) & (ids < len(table.drawings))
     drawings = table.drawings[ids.where(known, 0)].T  # (K, B)
-    valid = found & known & table.has_units[ids.where(known, 0)]
+    valid = complete & known & table.has_units[ids.where(known, 0)]
 
     centre, radius = _ellipses(points, table, frame=frame, variant=variant)  # (x or y, ellipse of a drawing, drawing, B)
     pick = drawings.expand(2, 2, -1, -1)

@@ -83,7 +83,7 @@ def rerun(
             if first.data.fingerprint not in data:
                 raise FileNotFoundError(f"its data {first.data.fingerprint[:16]} is not among the prepared datasets at hand; see --data")
             restored = restore(place)
-            found = _evaluate_again([record for _, record in members], restored, *data[first.data.fingerprint], engine, observer)
+            results = _evaluate_again([record for _, record in members], restored, *data[first.data.fingerprint], engine, observer)
         except Exception as error:  # noqa: BLE001 - whatever comes of damaged weights, or of a method's own code
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             for folder, _ in members:
@@ -95,7 +95,7 @@ def rerun(
         weights = hash_weights(restored.classifier)
         for folder, record in members:
             problems = _identity_problems(folder, record, place, key=restored.training.key, weights=weights)
-            result = found[record.key]
+            result = results[record.key]
             if isinstance(result, Unusable):
                 problem = Problem(folder / ROWS, "maps", "maps of finite values", result.reason, "these weights did not give the rows")
                 yield Rerun(folder=folder, largest=float("inf"), problems=(*problems, problem))
@@ -134,51 +134,51 @@ def _evaluate_again(
 def _identity_problems(folder: Path, record: Record, place: Path, *, key: str, weights: str) -> list[Problem]:
     meaning = "the weights are not those of the record"
     return [
-        Problem(folder / RECORD, what, shown(recorded), f"{place} has {found}", meaning)
-        for what, recorded, found in (("training_key", record.training_key, key), ("weights_sha256", record.weights_sha256, weights))
-        if recorded != found
+        Problem(folder / RECORD, what, shown(recorded), f"{place} has {actual}", meaning)
+        for what, recorded, actual in (("training_key", record.training_key, key), ("weights_sha256", record.weights_sha256, weights))
+        if recorded != actual
     ]
 
 
-def _compared(folder: Path, record: Record, found: Evaluated, problems: list[Problem], *, tolerance: float) -> Rerun:
+def _compared(folder: Path, record: Record, result: Evaluated, problems: list[Problem], *, tolerance: float) -> Rerun:
     rows = read_cell_rows(folder)
-    if list(rows.keys) != list(found.rows.keys):
+    if list(rows.keys) != list(result.rows.keys):
         problems.append(
             Problem(folder / ROWS, "column key", f"{len(rows.keys)} samples", "the data has others", "other samples were evaluated")
         )
         return Rerun(folder=folder, largest=float("inf"), problems=tuple(problems))
     differences, let_pass = list[Difference](), list[Difference]()
-    for one in compare_rows(rows, found.rows):
-        (let_pass if one.largest > tolerance and _by_ties(one, tolerance=tolerance) else differences).append(one)
+    for difference in compare_rows(rows, result.rows):
+        (let_pass if difference.largest > tolerance and _by_ties(difference, tolerance=tolerance) else differences).append(difference)
     problems += [
         Problem(
             folder / ROWS,
-            f"sample {shown(one.key)}, column {one.column}",
-            one.recorded,
-            f"its weights give {one.found} (difference {one.largest:.2g}, allowed {tolerance:g})",
+            f"sample {shown(difference.key)}, column {difference.column}",
+            difference.recorded,
+            f"its weights give {difference.actual} (difference {difference.largest:.2g}, allowed {tolerance:g})",
             f"these weights did not give the rows, which say to be of {shown(record.hardware.get('name'))}",
         )
-        for one in differences
-        if not one.largest <= tolerance
+        for difference in differences
+        if not difference.largest <= tolerance
     ]
     if record.maps_sha256 is not None:
-        problems += _map_problems(folder / MAPS, found.maps, tolerance=tolerance)
+        problems += _map_problems(folder / MAPS, result.maps, tolerance=tolerance)
     return Rerun(
         folder=folder,
-        largest=max(one.largest for one in differences),
+        largest=max(difference.largest for difference in differences),
         problems=tuple(problems),
-        ties=sum(one.beyond(tolerance) for one in let_pass),
-        shift=max((one.shift for one in let_pass), default=0.0),
+        ties=sum(difference.beyond(tolerance) for difference in let_pass),
+        shift=max((difference.shift for difference in let_pass), default=0.0),
     )
 
 
-def _by_ties(one: Difference, *, tolerance: float) -> bool:
+def _by_ties(difference: Difference, *, tolerance: float) -> bool:
     """Whether so few samples differ, and so little in the mean, that rounding explains it; never if every bit is asked for."""
-    few = one.beyond(tolerance) <= EXCEPTIONS * len(one.gaps) and one.shift <= SHIFT
-    return tolerance > 0 and one.of_map and math.isfinite(one.largest) and few
+    few = difference.beyond(tolerance) <= EXCEPTIONS * len(difference.gaps) and difference.shift <= SHIFT
+    return tolerance > 0 and difference.of_map and math.isfinite(difference.largest) and few
 
 
-def _map_problems(path: Path, found: AverageMaps, *, tolerance: float) -> Iterator[Problem]:
+def _map_problems(path: Path, maps: AverageMaps, *, tolerance: float) -> Iterator[Problem]:
     """Stored maps are rounded to steps of 1/255, so that the least difference may move one by a step."""
     allowed = max(1, round(255 * tolerance))
     try:
@@ -187,13 +187,13 @@ def _map_problems(path: Path, found: AverageMaps, *, tolerance: float) -> Iterat
         yield Problem(path, "maps", "average maps", f"they are not readable: {error}", "nothing was compared")
         return
     for field in dataclasses.fields(AverageMaps):
-        mine, theirs = getattr(stored, field.name), getattr(found, field.name)
-        if mine.shape != theirs.shape:
-            yield Problem(path, field.name, f"shape {mine.shape}", f"its weights give {theirs.shape}", "not the maps of these weights")
+        recorded, actual = getattr(stored, field.name), getattr(maps, field.name)
+        if recorded.shape != actual.shape:
+            yield Problem(path, field.name, f"shape {recorded.shape}", f"its weights give {actual.shape}", "not the maps of these weights")
             continue
-        gaps = np.abs(mine.astype(np.int64) - theirs).reshape(len(mine), -1).max(axis=1, initial=0)
+        gaps = np.abs(recorded.astype(np.int64) - actual).reshape(len(recorded), -1).max(axis=1, initial=0)
         if field.name == "example_map" and tolerance > 0 and (gaps > allowed).sum() == 1:
             continue  # a tie, see `EXCEPTIONS`
-        if (steps := int(gaps.max(initial=0))) > (allowed if mine.dtype == np.uint8 else 0):
+        if (steps := int(gaps.max(initial=0))) > (allowed if recorded.dtype == np.uint8 else 0):
             gap = f"its weights give values up to {steps} steps of 1/255 away, {allowed} allowed"
             yield Problem(path, field.name, "average maps", gap, "not the maps of these weights")

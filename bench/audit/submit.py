@@ -79,10 +79,10 @@ def make_submission(results: Path, *, methods: Sequence[str] | None = None) -> S
     report: Report = verify([results])
     if report.problems:
         raise UnsoundError(report.problems)
-    there = {fact.method for fact in report.facts}
+    present = {fact.method for fact in report.facts}
     for name in methods or ():
-        if name not in there:
-            raise ValueError(f"--methods {name}: {results} has no record of it.{did_you_mean(name, there)}")
+        if name not in present:
+            raise ValueError(f"--methods {name}: {results} has no record of it.{did_you_mean(name, present)}")
     chosen = [(fact.folder, read_checked(fact.folder)) for fact in report.facts if methods is None or fact.method in methods]
     chosen.sort(key=lambda cell: cell[1].as_cell.path)
     return Submission(cells=tuple(chosen), personal=tuple(_personal(record for _, record in chosen)))
@@ -205,7 +205,7 @@ def _run_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
         cell = record.cell
         name = (cell.method, cell.backbone, cell.guidance, cell.dataset, record.protocol, record.variant)
         seeds.setdefault(name, []).append(cell.seed)
-    return [(*name, ", ".join(map(str, sorted(found)))) for name, found in sorted(seeds.items())]
+    return [(*name, ", ".join(map(str, sorted(values)))) for name, values in sorted(seeds.items())]
 
 
 def _data_row(record: Record) -> tuple[str, ...]:
@@ -226,15 +226,15 @@ def _code_row(record: Record) -> tuple[str, ...]:
 def _personal(records: Iterable[Record]) -> list[Personal]:
     """Fields with local paths, the name of this host, or of a cluster's parts."""
     host = re.compile(rf"\b{re.escape(socket.gethostname())}\b")
-    found: dict[str, list[str]] = {}
+    texts: dict[str, list[str]] = {}
     for record in records:
         fields: dict[str, str] = {}
         for field, text in _texts(record.model_dump(mode="json", exclude={"metrics", "epochs"}), ""):
             if _PATH.search(text) or host.search(text) or field in _TELLING:
                 fields.setdefault(field, text)
         for field, text in fields.items():
-            found.setdefault(field, []).append(text)
-    return [Personal(field=field, value=values[0], records=len(values)) for field, values in sorted(found.items())]
+            texts.setdefault(field, []).append(text)
+    return [Personal(field=field, value=values[0], records=len(values)) for field, values in sorted(texts.items())]
 
 
 def _texts(tree: Any, name: str) -> Iterator[tuple[str, str]]:

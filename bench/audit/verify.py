@@ -71,8 +71,8 @@ def verify(
     folders, problems = find_cells(paths)
     facts: list[Facts] = []
     for number, folder in enumerate(folders, start=1):
-        found, fact = check_record(folder)
-        problems += found
+        record_problems, fact = check_record(folder)
+        problems += record_problems
         if fact is not None:
             facts.append(fact)
         if on_progress:
@@ -139,15 +139,15 @@ def find_indexes(data: Path) -> dict[str, tuple[Path, Index]]:
     paths = [data / INDEX_NAME] if (data / INDEX_NAME).is_file() else sorted(data.glob(f"*/{INDEX_NAME}"))
     if not paths:
         raise FileNotFoundError(f"--data {data}: no prepared dataset there. Make one with: bench data prepare NAME --raw DIR")
-    found = {}
+    indexes = {}
     for path in paths:
         try:
             index = load_index(path.parent)
         except ValueError as error:
             _log.warning("left out: %s", error)
             continue
-        found[index.fingerprint] = (path.parent, index)
-    return found
+        indexes[index.fingerprint] = (path.parent, index)
+    return indexes
 
 
 # --- many records together
@@ -157,8 +157,8 @@ def _repeated(facts: Sequence[Facts]) -> Iterator[Problem]:
     """Two records of one cell and seed, whatever their keys say."""
     for group in _groups(facts, lambda fact: fact.key):
         for fact in group[1:]:
-            found = f"{group[0].folder} is of it too"
-            yield Problem(fact.folder / RECORD, "key", shown(fact.key), found, f"two records of one cell and seed, {fact.label}")
+            actual = f"{group[0].folder} is of it too"
+            yield Problem(fact.folder / RECORD, "key", shown(fact.key), actual, f"two records of one cell and seed, {fact.label}")
 
 
 def _copied_seeds(facts: Sequence[Facts]) -> Iterator[Problem]:
@@ -171,83 +171,83 @@ def _copied_seeds(facts: Sequence[Facts]) -> Iterator[Problem]:
                 content = value(fact)
                 if content is None:
                     continue
-                other = first.setdefault(content, fact)
-                if other.seed != fact.seed:
+                sibling = first.setdefault(content, fact)
+                if sibling.seed != fact.seed:
                     file = fact.folder / (RECORD if what == "weights_sha256" else ROWS)
                     yield Problem(
-                        file, what, f"those of seed {fact.seed}", f"equal to those of seed {other.seed} in {other.folder}", meaning
+                        file, what, f"those of seed {fact.seed}", f"equal to those of seed {sibling.seed} in {sibling.folder}", meaning
                     )
 
 
 def _split_problems(facts: Sequence[Facts]) -> Iterator[Problem]:
     """Records of the same data that do not agree on its classes, samples, labels, people or AU maps."""
     for group in _groups(facts, lambda fact: (fact.fingerprint, fact.split)):
-        for fact, other in _odd(group, lambda fact: fact.classes):
-            found = f"{other.folder} has {shown(list(other.classes))}"
-            yield Problem(fact.folder / RECORD, "data.classes", shown(list(fact.classes)), found, "of one dataset one of the two is wrong")
+        for fact, sibling in _odd(group, lambda fact: fact.classes):
+            actual = f"{sibling.folder} has {shown(list(sibling.classes))}"
+            yield Problem(fact.folder / RECORD, "data.classes", shown(list(fact.classes)), actual, "of one dataset one of the two is wrong")
         same = [fact for fact in group if fact.prints is not None]
-        for fact, other in list(_odd(same, _keys)):
+        for fact, sibling in list(_odd(same, _keys)):
             same.remove(fact)
-            yield _key_problem(fact, other)
+            yield _key_problem(fact, sibling)
         yield from _column_problems(same, "label", _labels, lambda rows: rows.labels)
         yield from _column_problems([fact for fact in same if _people(fact)], "person", _people, lambda rows: rows.people)
         for members in _groups(same, lambda fact: fact.au_maps):
             yield from _column_problems(members, "au_valid", _au_valid, lambda rows: rows.au_valid)
 
 
-def _key_problem(fact: Facts, other: Facts) -> Problem:
-    mine, theirs = read_cell_rows(fact.folder).keys, read_cell_rows(other.folder).keys
-    lost, added = sorted(set(theirs) - set(mine)), sorted(set(mine) - set(theirs))
-    where, found = "column key", f"{other.folder} has the same samples in another number or order"
+def _key_problem(fact: Facts, sibling: Facts) -> Problem:
+    keys, sibling_keys = read_cell_rows(fact.folder).keys, read_cell_rows(sibling.folder).keys
+    lost, added = sorted(set(sibling_keys) - set(keys)), sorted(set(keys) - set(sibling_keys))
+    where, actual = "column key", f"{sibling.folder} has the same samples in another number or order"
     if lost:
-        where, found = f"sample {shown(lost[0])}", f"{other.folder} has it, this one not"
+        where, actual = f"sample {shown(lost[0])}", f"{sibling.folder} has it, this one not"
     elif added:
-        where, found = f"sample {shown(added[0])}", f"this one has it, {other.folder} not"
-    count = f"{len(mine)} samples, {len(lost)} missing and {len(added)} added"
-    return Problem(fact.folder / ROWS, where, count, found, "records of the same data are of other samples")
+        where, actual = f"sample {shown(added[0])}", f"this one has it, {sibling.folder} not"
+    count = f"{len(keys)} samples, {len(lost)} missing and {len(added)} added"
+    return Problem(fact.folder / ROWS, where, count, actual, "records of the same data are of other samples")
 
 
 def _column_problems(
     facts: Sequence[Facts], name: str, value: Callable[[Facts], str | None], column: Callable[[Rows], npt.NDArray[Any]]
 ) -> Iterator[Problem]:
     """A column that all records of the same samples must have in common."""
-    for fact, other in _odd(facts, value):
+    for fact, sibling in _odd(facts, value):
         rows = read_cell_rows(fact.folder)
-        mine, theirs = column(rows), column(read_cell_rows(other.folder))
-        wrong = mine != theirs
+        values, sibling_values = column(rows), column(read_cell_rows(sibling.folder))
+        wrong = values != sibling_values
         first = int(wrong.argmax())
-        found = f"{other.folder} has {theirs[first]} ({int(wrong.sum())} of {len(wrong)} samples differ)"
+        actual = f"{sibling.folder} has {sibling_values[first]} ({int(wrong.sum())} of {len(wrong)} samples differ)"
         where = f"sample {shown(rows.keys[first])}, column {name}"
-        yield Problem(fact.folder / ROWS, where, str(mine[first]), found, "a row was edited or swapped")
+        yield Problem(fact.folder / ROWS, where, str(values[first]), actual, "a row was edited or swapped")
 
 
 def _training_problems(facts: Sequence[Facts]) -> Iterator[Problem]:
     """Cells that read out the same training, and do not agree on its weights, its course, or what the network said."""
     same_training = "both read out the same training"
     for group in _groups(facts, lambda fact: (fact.training_key, shown(fact.trained_in))):
-        for fact, other in _odd(group, _weights):
-            found = f"{other.folder} has {other.weights_sha256}"
-            yield Problem(fact.folder / RECORD, "weights_sha256", shown(fact.weights_sha256), found, f"{same_training}: one is forged")
-        for fact, other in _odd(group, lambda fact: fact.course):
-            found = f"{other.folder} tells another"
-            yield Problem(fact.folder / RECORD, "epochs and selection", "a course", found, f"{same_training}: one is forged")
+        for fact, sibling in _odd(group, _weights):
+            actual = f"{sibling.folder} has {sibling.weights_sha256}"
+            yield Problem(fact.folder / RECORD, "weights_sha256", shown(fact.weights_sha256), actual, f"{same_training}: one is forged")
+        for fact, sibling in _odd(group, lambda fact: fact.course):
+            actual = f"{sibling.folder} tells another"
+            yield Problem(fact.folder / RECORD, "epochs and selection", "a course", actual, f"{same_training}: one is forged")
     for group in _groups(facts, lambda fact: (fact.training_key, fact.weights_sha256)):
         comparable = [fact for fact in group if fact.prints is not None]
-        for fact, other in _odd(comparable, lambda fact: fact.prints and (fact.prints.logits, fact.prints.attention)):
+        for fact, sibling in _odd(comparable, lambda fact: fact.prints and (fact.prints.logits, fact.prints.attention)):
             assert fact.prints is not None
-            assert other.prints is not None
-            if fact.prints.keys != other.prints.keys:
+            assert sibling.prints is not None
+            if fact.prints.keys != sibling.prints.keys:
                 continue  # other samples: said where the data is looked at
-            tolerance = 0.0 if fact.one_pass == other.one_pass else OTHER_PASS
-            rows, others = read_cell_rows(fact.folder), read_cell_rows(other.folder)
-            for difference in compare_rows(rows, others, shared_only=True):
+            tolerance = 0.0 if fact.one_pass == sibling.one_pass else OTHER_PASS
+            rows, sibling_rows = read_cell_rows(fact.folder), read_cell_rows(sibling.folder)
+            for difference in compare_rows(rows, sibling_rows, shared_only=True):
                 if difference.largest > tolerance:
-                    found = f"{other.folder} has {difference.found} (difference {difference.largest:.2g}, allowed {tolerance:g})"
+                    actual = f"{sibling.folder} has {difference.actual} (difference {difference.largest:.2g}, allowed {tolerance:g})"
                     yield Problem(
                         fact.folder / ROWS,
                         f"sample {shown(difference.key)}, column {difference.column}",
                         difference.recorded,
-                        found,
+                        actual,
                         f"{same_training}, and every method reads off the same network output: one was edited",
                     )
 
@@ -281,9 +281,9 @@ def _repeated_trainings(facts: Sequence[Facts]) -> Iterator[str]:
     for group in _groups(facts, lambda fact: fact.training_key):
         if len({fact.trained_in for fact in group}) > 1 and len({fact.weights_sha256 for fact in group}) > 1:
             first = group[0]
-            other = next(fact for fact in group if fact.weights_sha256 != first.weights_sha256)
+            sibling = next(fact for fact in group if fact.weights_sha256 != first.weights_sha256)
             yield (
-                f"{first.folder} and {other.folder} say to be of one training, carried out twice with different weights: "
+                f"{first.folder} and {sibling.folder} say to be of one training, carried out twice with different weights: "
                 "on two machines this can be, and then their figures do not share the network's output; --rerun tells"
             )
 
@@ -313,8 +313,8 @@ def _odd(facts: Sequence[Facts], value: Callable[[Facts], Hashable]) -> Iterator
 def _data_problems(fact: Facts, folder: Path, index: Index) -> Iterator[Problem]:
     """Classes, keys and labels of a record against the index of the same data."""
     if fact.classes != index.classes:
-        found = f"{folder} has {shown(list(index.classes))}"
-        yield Problem(fact.folder / RECORD, "data.classes", shown(list(fact.classes)), found, "labels mean something else")
+        actual = f"{folder} has {shown(list(index.classes))}"
+        yield Problem(fact.folder / RECORD, "data.classes", shown(list(fact.classes)), actual, "labels mean something else")
     split = index.splits.get(fact.split)
     if split is None or fact.prints is None:
         return
@@ -334,12 +334,12 @@ def _data_problems(fact: Facts, folder: Path, index: Index) -> Iterator[Problem]
             yield Problem(fact.folder / ROWS, f"sample {shown(key)}", count, f"{words} ({folder})", "not the samples of this test split")
     edited = [key for key, label in recorded.items() if indexed.get(key, label) != label]
     if edited:
-        found = f"{folder} has {indexed[edited[0]]} ({len(edited)} samples differ)"
+        actual = f"{folder} has {indexed[edited[0]]} ({len(edited)} samples differ)"
         where = f"sample {shown(edited[0])}, column label"
         yield Problem(
             fact.folder / ROWS,
             where,
             str(recorded[edited[0]]),
-            found,
+            actual,
             "a label was edited, rows were swapped, or they are of other pictures",
         )

@@ -58,20 +58,20 @@ _REQUIRED = ("key", "label", "predicted", "logits", "au_valid", "map_cosine_true
 
 
 class Problem(NamedTuple):
-    """One thing that is not as it must be."""
+    """A value of a record that is wrong."""
 
     file: Path
     what: str
-    """Which part of the file: ``metrics.cl.accuracy``, ``sample s0012``."""
+    """The part of the file: ``metrics.cl.accuracy``, ``sample s0012``."""
     recorded: str
-    """What the record, or the file, says."""
-    found: str
-    """What was found instead."""
+    """The value in the record or the file."""
+    actual: str
+    """What the check gives instead."""
     meaning: str
-    """What follows from it, for somebody who did not write this program."""
+    """What it means, for a reader who does not know this program."""
 
     def __str__(self) -> str:
-        line = f"{self.file}: {self.what}: recorded {self.recorded}, {self.found}: {self.meaning}"
+        line = f"{self.file}: {self.what}: recorded {self.recorded}, {self.actual}: {self.meaning}"
         return printable(line)
 
 
@@ -153,8 +153,8 @@ def check_record(folder: Path) -> tuple[list[Problem], Facts | None]:
     rows = None
     if ROWS not in refused:
         problems += _hash_problems(folder / ROWS, "rows_sha256", record.rows_sha256)
-        found, rows = _read(folder / ROWS, record)
-        problems += found
+        row_problems, rows = _read(folder / ROWS, record)
+        problems += row_problems
     if rows is not None:
         problems += _row_problems(folder / ROWS, record, rows)
         problems += _metric_problems(path, record, rows)
@@ -210,10 +210,10 @@ def hash_order(keys: Sequence[str]) -> str:
 
 def hash_arrays(*arrays: npt.NDArray[Any]) -> str:
     """sha256 of the values of some columns."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for array in arrays:
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 # --- files
@@ -240,22 +240,22 @@ def _file_problems(folder: Path) -> Iterator[Problem]:
 
 
 def _marker_problems(folder: Path, content: bytes) -> Iterator[Problem]:
-    marker, found = read_marker(folder), hashlib.sha256(content).hexdigest()
+    marker, actual = read_marker(folder), hashlib.sha256(content).hexdigest()
     recorded = marker.record_sha256 if marker else "no marker"
-    if recorded != found:
+    if recorded != actual:
         yield Problem(
             folder / DONE,
             f"sha256 of {RECORD}",
             shown(recorded),
-            f"it has {found}",
+            f"it has {actual}",
             "the record was changed after it was finished",
         )
 
 
 def _hash_problems(path: Path, field: str, recorded: str) -> Iterator[Problem]:
-    found = file_sha256(path)
-    if found != recorded:
-        yield Problem(path, field, shown(recorded), f"the file has {found}", "this is not the file that the record was written with")
+    actual = file_sha256(path)
+    if actual != recorded:
+        yield Problem(path, field, shown(recorded), f"the file has {actual}", "this is not the file that the record was written with")
 
 
 def _maps_problems(path: Path, record: Record, rows: Rows | None) -> Iterator[Problem]:
@@ -286,8 +286,8 @@ def _content_problems(path: Path, maps: AverageMaps, labels: npt.NDArray[np.int6
         return
     for name, wanted in (("count", np.bincount(labels, minlength=classes)), ("example_position", first)):
         if getattr(maps, name).tolist() != wanted.tolist():
-            found = f"the rows give {shown(wanted.tolist())}"
-            yield Problem(path, name, shown(getattr(maps, name).tolist()), found, "these maps are of other samples")
+            actual = f"the rows give {shown(wanted.tolist())}"
+            yield Problem(path, name, shown(getattr(maps, name).tolist()), actual, "these maps are of other samples")
 
 
 def _stamp_problems(folder: Path, record: Record, content: bytes) -> Iterator[Problem]:
@@ -300,9 +300,9 @@ def _stamp_problems(folder: Path, record: Record, content: bytes) -> Iterator[Pr
             path, "stamp", "a stamp", "it is not readable as one", "it does not count: remove it, or bench verify --rerun --stamp"
         )
         return
-    for field, found in (("record_sha256", hashlib.sha256(content).hexdigest()), ("weights_sha256", record.weights_sha256)):
-        if stamp.get(field) != found:
-            yield Problem(path, field, shown(stamp.get(field)), f"the record here has {found}", "the stamp is of another record")
+    for field, actual in (("record_sha256", hashlib.sha256(content).hexdigest()), ("weights_sha256", record.weights_sha256)):
+        if stamp.get(field) != actual:
+            yield Problem(path, field, shown(stamp.get(field)), f"the record here has {actual}", "the stamp is of another record")
 
 
 # --- identity and settings
@@ -329,30 +329,30 @@ def _identity_problems(folder: Path, record: Record) -> Iterator[Problem]:
     seeds = {"seed": training.seed, **{role: training.derived_seed(role) for role in ("init", "data", "step")}}
     for role in sorted(seeds.keys() | record.seeds.keys()):
         if seeds.get(role) != record.seeds.get(role):
-            found = f"seed {training.seed} gives {seeds.get(role)}"
+            actual = f"seed {training.seed} gives {seeds.get(role)}"
             yield Problem(
-                path, f"seeds.{role}", shown(record.seeds.get(role)), found, "the seed was edited, or other random numbers were used"
+                path, f"seeds.{role}", shown(record.seeds.get(role)), actual, "the seed was edited, or other random numbers were used"
             )
     if not re.fullmatch(r"[0-9a-f]{64}", record.weights_sha256):
         yield Problem(path, "weights_sha256", shown(record.weights_sha256), "it is no sha256", "it names no weights")
     if record.cell.method in METHODS:
         trains_as = METHODS.get(record.cell.method).info.trains_as or record.cell.method
         if trains_as != record.trains_as:
-            found = f"{record.cell.method} trains as {trains_as}"
-            yield Problem(path, "trains_as", shown(record.trains_as), found, "the weights are not of the method that the row names")
+            actual = f"{record.cell.method} trains as {trains_as}"
+            yield Problem(path, "trains_as", shown(record.trains_as), actual, "the weights are not of the method that the row names")
 
 
 def _settings_problems(path: Path, record: Record) -> Iterator[Problem]:
     """Where the decisive settings and the configuration they came from contradict each other, or the figures picked by them."""
     run = _table(record.config, "run")
     edited = "one of the two was edited"
-    for name, value, (where, other) in (
+    for name, value, (where, expected) in (
         ("settings.protocol", record.settings.get("protocol"), ("protocol is", record.protocol)),
         ("protocol", record.protocol, ("config.run.protocol is", run.get("protocol"))),
         ("variant", record.variant, ("config.run.variant is", run.get("variant"))),
     ):
-        if value != other:
-            yield Problem(path, name, shown(value), f"{where} {shown(other)}", edited)
+        if value != expected:
+            yield Problem(path, name, shown(value), f"{where} {shown(expected)}", edited)
     for name, value, listed in (
         ("cell.seed", record.cell.seed, run.get("seeds")),
         ("cell.guidance", record.cell.guidance, run.get("guidance")),
@@ -369,8 +369,8 @@ def _settings_problems(path: Path, record: Record) -> Iterator[Problem]:
             dotted = f"{section}.{key}"
             chosen_by_backbone = dotted == "guidance.layers" and configured.get(key) == []
             if dotted not in record.brought and not chosen_by_backbone and configured.get(key) != value:
-                found = f"config.{dotted} is {shown(configured.get(key))} and nothing was brought along"
-                yield Problem(path, f"settings.{dotted}", shown(value), found, edited)
+                actual = f"config.{dotted} is {shown(configured.get(key))} and nothing was brought along"
+                yield Problem(path, f"settings.{dotted}", shown(value), actual, edited)
     configured = _table(record.config, "evaluation")
     for key, value in record.evaluation.items():
         if configured.get(key) != value:
@@ -379,8 +379,8 @@ def _settings_problems(path: Path, record: Record) -> Iterator[Problem]:
         yield Problem(path, "data.split", shown(record.data.split), "results are of the split test", "figures of another split")
     layers = _guided_layers(record)
     if layers and record.attention_layer != layers[0]:
-        found = f"the settings guide layer {layers[0]}"
-        yield Problem(path, "attention_layer", shown(record.attention_layer), found, "ATT-COS would be that of another layer")
+        actual = f"the settings guide layer {layers[0]}"
+        yield Problem(path, "attention_layer", shown(record.attention_layer), actual, "ATT-COS would be that of another layer")
     yield from _selection_problems(path, record)
     yield from _invariance_problems(path, record)
 
@@ -392,11 +392,11 @@ def _invariance_problems(path: Path, record: Record) -> Iterator[Problem]:
     worst = [value for part in ("logits", "maps") for value in _table(record.invariance, part).values()]
     tolerance, holds = record.invariance.get("tolerance"), record.invariance.get("holds")
     if tolerance != INVARIANCE_TOLERANCE:
-        found = f"bench allows {INVARIANCE_TOLERANCE:g}"
-        yield Problem(path, "invariance.tolerance", shown(tolerance), found, "another bar for depending on the batch")
+        actual = f"bench allows {INVARIANCE_TOLERANCE:g}"
+        yield Problem(path, "invariance.tolerance", shown(tolerance), actual, "another bar for depending on the batch")
     if not worst or not all(type(value) is float for value in worst) or holds is not (max(worst) <= INVARIANCE_TOLERANCE):
-        found = f"its worst differences are {shown(worst)}"
-        yield Problem(path, "invariance.holds", shown(holds), found, "whether the figures depend on the batch was edited")
+        actual = f"its worst differences are {shown(worst)}"
+        yield Problem(path, "invariance.holds", shown(holds), actual, "whether the figures depend on the batch was edited")
 
 
 def _guided_layers(record: Record) -> Sequence[Any]:
@@ -404,10 +404,10 @@ def _guided_layers(record: Record) -> Sequence[Any]:
 
     Without guidance what is configured may be meant for another backbone of the run: of layers that this one has not.
     """
-    there = _table(record.metrics, "att_cos")
+    layers_with_figures = _table(record.metrics, "att_cos")
     guided = _table(record.settings, "guidance").get("layers")
     configured = _table(record.config, "guidance").get("layers")
-    layers = guided or [layer for layer in configured or () if str(layer) in there]
+    layers = guided or [layer for layer in configured or () if str(layer) in layers_with_figures]
     if layers:
         return list(layers)
     return BACKBONES.get(record.cell.backbone).info.guided_layers if record.cell.backbone in BACKBONES else ()
@@ -424,9 +424,9 @@ def _selection_problems(path: Path, record: Record) -> Iterator[Problem]:
     epoch = next(epoch for accuracy, epoch in measured if accuracy == best)
     recorded = (record.selection.get("accuracy"), record.selection.get("epoch"))
     if recorded != (best, epoch):
-        found = f"the course of the training gives {best} in epoch {epoch}"
+        actual = f"the course of the training gives {best} in epoch {epoch}"
         yield Problem(
-            path, "selection", f"{shown(recorded[0])} in epoch {shown(recorded[1])}", found, "another checkpoint than the best one"
+            path, "selection", f"{shown(recorded[0])} in epoch {shown(recorded[1])}", actual, "another checkpoint than the best one"
         )
 
 
@@ -478,8 +478,8 @@ def _form_problems(path: Path, file: BinaryIO, *, classes: int) -> Iterator[Prob
     schema, meta = parquet.schema_arrow, parquet.metadata
     unpacked = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
     if meta.num_rows > _MOST_ROWS or unpacked > _MOST_UNPACKED:
-        found = f"it has {meta.num_rows} rows, {unpacked} bytes unpacked"
-        yield Problem(path, "rows", f"at most {_MOST_ROWS} rows, {_MOST_UNPACKED} bytes", found, "not read: larger than any test split")
+        actual = f"it has {meta.num_rows} rows, {unpacked} bytes unpacked"
+        yield Problem(path, "rows", f"at most {_MOST_ROWS} rows, {_MOST_UNPACKED} bytes", actual, "not read: larger than any test split")
         return
     fitting = True
     for name in schema.names:
@@ -512,12 +512,12 @@ def _type(column: str, classes: int) -> pa.DataType:
 def _row_problems(path: Path, record: Record, rows: Rows) -> Iterator[Problem]:
     keys = rows.keys
     if len(keys) != record.data.samples:
-        found = f"the rows are {len(keys)}"
-        yield Problem(path, "data.samples", str(record.data.samples), found, "samples were lost or added: every figure is of another set")
+        actual = f"the rows are {len(keys)}"
+        yield Problem(path, "data.samples", str(record.data.samples), actual, "samples were lost or added: every figure is of another set")
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
-        found = f"it is there several times, as are {len(twice) - 1} others" if len(twice) > 1 else "it is there several times"
-        yield Problem(path, f"sample {shown(twice[0])}", "once", found, "a sample counts more than once")
+        actual = f"it is there several times, as are {len(twice) - 1} others" if len(twice) > 1 else "it is there several times"
+        yield Problem(path, f"sample {shown(twice[0])}", "once", actual, "a sample counts more than once")
     elif list(keys) != sorted(keys):
         first = next(b for a, b in itertools.pairwise(keys) if b < a)
         yield Problem(path, f"sample {shown(first)}", "keys in ascending order", "it comes too late", "the rows were reordered")
@@ -552,8 +552,8 @@ def _measure_problems(path: Path, record: Record, rows: Rows) -> Iterator[Proble
     names = [name for name in chosen if name in MEASURES]
     wanted = {column.name: MEASURES[name] for name in names for column in MEASURES[name].columns}
     if wanted.keys() != rows.measures.keys():
-        found = f"the measures {shown(names)} give {shown(sorted(wanted))}"
-        yield Problem(path, "columns measure_", shown(sorted(rows.measures)), found, "measures were added or removed")
+        actual = f"the measures {shown(names)} give {shown(sorted(wanted))}"
+        yield Problem(path, "columns measure_", shown(sorted(rows.measures)), actual, "measures were added or removed")
     for name, values in rows.measures.items():
         yield from _outside(path, rows, f"measure_{name}", values, np.isinf(values), "a finite number, or NaN")
         if name in wanted and wanted[name].needs_au_map:
@@ -575,9 +575,9 @@ def _cosines(rows: Rows) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
 def _outside(path: Path, rows: Rows, column: str, values: npt.NDArray[Any], wrong: npt.NDArray[np.bool_], wanted: str) -> Iterator[Problem]:
     if wrong.any():
         first = int(wrong.argmax())
-        found = f"{wanted} is wanted ({_others(wrong)})"
+        actual = f"{wanted} is wanted ({_others(wrong)})"
         yield Problem(
-            path, f"sample {shown(rows.keys[first])}, column {column}", shown(values[first].tolist()), found, "the rows were edited"
+            path, f"sample {shown(rows.keys[first])}, column {column}", shown(values[first].tolist()), actual, "the rows were edited"
         )
 
 
@@ -598,9 +598,9 @@ def _metric_problems(path: Path, record: Record, rows: Rows) -> list[Problem]:
     wrong = list(_differences(record.metrics, computed, ""))
     if not wrong:
         return []
-    name, recorded, found = wrong[0]
+    name, recorded, actual = wrong[0]
     more = f" ({len(wrong) - 1} more figures differ)" if len(wrong) > 1 else ""
-    return [Problem(path, f"metrics.{name}", shown(recorded), f"rows give {shown(found)}{more}", "the figure is not that of the samples")]
+    return [Problem(path, f"metrics.{name}", shown(recorded), f"rows give {shown(actual)}{more}", "the figure is not that of the samples")]
 
 
 def _differences(recorded: Any, computed: Any, name: str) -> Iterator[tuple[str, Any, Any]]:

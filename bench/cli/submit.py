@@ -33,8 +33,8 @@ def submit(
             console.print(str(problem), style="red")
         console.print(str(error), style="bold red")
         raise typer.Exit(1) from None
-    for one in submission.personal:
-        console.print(f"{one.field} tells of you or your machine in {one.records} records: {shown(one.value)}", style="yellow")
+    for item in submission.personal:
+        console.print(f"{item.field} tells of you or your machine in {item.records} records: {shown(item.value)}", style="yellow")
     if submission.personal:
         console.print("records are packed as they are; docs/submit.md says how to run without such fields", style="yellow")
     write_submission(submission, out)

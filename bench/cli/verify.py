@@ -61,14 +61,14 @@ def verify(
     with progress(console, "verifying", unit="records") as tell:
         report = verify_records(paths, data=data, strict=strict, on_progress=lambda done, total: tell(done, total, 0, ""))
     reruns = _rerun(report, data, trainings=trainings, tolerance=tolerance, device=device) if rerun and data is not None else ()
-    sound = [one for one in reruns if not one.problems and one.folder not in report.unsound]
+    sound = [result for result in reruns if not result.problems and result.folder not in report.unsound]
     if stamp:
         _stamp(report, sound)
     if as_json:
         typer.echo(json.dumps(_tree(report, reruns, stamped=len(sound) if stamp else 0), indent=2, ensure_ascii=False))
     else:
         _print(console, report, reruns, stamped=len(sound) if stamp else 0)
-    if report.problems or any(one.problems for one in reruns):
+    if report.problems or any(result.problems for result in reruns):
         raise typer.Exit(1)
 
 
@@ -94,21 +94,31 @@ def _stamp(report: Report, sound: list[Rerun]) -> None:
     from bench.audit.stamp import write_stamp
 
     weights = {fact.folder: fact.weights_sha256 for fact in report.facts}
-    for one in sound:
-        write_stamp(one.folder, weights_sha256=weights[one.folder], largest_difference=one.largest)
+    for result in sound:
+        write_stamp(result.folder, weights_sha256=weights[result.folder], largest_difference=result.largest)
 
 
 def _tree(report: Report, reruns: tuple[Rerun, ...], *, stamped: int) -> dict[str, Any]:
-    problems = [*report.problems, *(problem for one in reruns for problem in one.problems)]
+    problems = [*report.problems, *(problem for result in reruns for problem in result.problems)]
     return {
         "records": len(report.folders),
-        "with_problems": len(report.unsound | {one.folder for one in reruns if one.problems}),
+        "with_problems": len(report.unsound | {result.folder for result in reruns if result.problems}),
         "samples": sum(fact.samples for fact in report.facts),
         "unknown_data": dict(report.unknown_data),
         "notes": list(report.notes),
-        "rerun": {str(one.folder): one.largest for one in reruns if not one.problems},
+        "rerun": {str(result.folder): result.largest for result in reruns if not result.problems},
         "stamped": stamped,
-        "problems": [problem._asdict() | {"file": str(problem.file), "text": str(problem)} for problem in problems],
+        "problems": [
+            {
+                "file": str(problem.file),
+                "what": problem.what,
+                "recorded": problem.recorded,
+                "found": problem.actual,
+                "meaning": problem.meaning,
+                "text": str(problem),
+            }
+            for problem in problems
+        ],
     }
 
 
@@ -118,7 +128,7 @@ def _print(console: Console, report: Report, reruns: tuple[Rerun, ...], *, stamp
     def say(text: str, style: str) -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    problems = [*report.problems, *(problem for one in reruns for problem in one.problems)]
+    problems = [*report.problems, *(problem for result in reruns for problem in result.problems)]
     for problem in problems:
         say(str(problem), "red")
     for note in report.notes:
@@ -128,16 +138,16 @@ def _print(console: Console, report: Report, reruns: tuple[Rerun, ...], *, stamp
             f"{count} records are of data {shown(fingerprint[:16])}, which is not at hand: their keys and labels were not compared with it",
             "yellow",
         )
-    unsound = report.unsound | {one.folder for one in reruns if one.problems}
+    unsound = report.unsound | {result.folder for result in reruns if result.problems}
     samples = sum(fact.samples for fact in report.facts)
     if problems:
         say(f"{len(problems)} problems in {len(unsound)} of {len(report.folders)} records", "bold red")
     else:
         say(f"{len(report.folders)} records ({samples} rows) are what their hashes, rows, settings and each other say", "green")
-    again = [one for one in reruns if not one.problems]
+    again = [result for result in reruns if not result.problems]
     if again:
-        words = f"{len(again)} records evaluated again from their weights: largest difference {max(one.largest for one in again):.2g}"
-        if ties := sum(one.ties for one in again):
+        words = f"{len(again)} records evaluated again from their weights: largest difference {max(result.largest for result in again):.2g}"
+        if ties := sum(result.ties for result in again):
             words += (
                 f", and {ties} of single samples where rounding decided a tie; no mean moves by more than {max(o.shift for o in again):.1g}"
             )

@@ -153,8 +153,8 @@ def _warp(images: Tensor, theta: Tensor, size: int) -> Tensor:
     The grid is computed elementwise: `F.affine_grid` is a matrix product, which TF32 would round to a tenth of a pixel.
     """
     ticks = (2 * torch.arange(size, device=images.device) + 1) / size - 1
-    x, y, one = (theta[:, :, i, None, None] for i in range(3))
-    places = x * ticks + y * ticks[:, None] + one  # (B, 2, size, size)
+    x, y, offset = (theta[:, :, i, None, None] for i in range(3))
+    places = x * ticks + y * ticks[:, None] + offset  # (B, 2, size, size)
     # Border padding and a hard edge, because zero padding would already fade the outermost half pixel of an upright picture.
     inside = (places.abs() <= 1).all(1, keepdim=True)
     sampled = F.grid_sample(images, places.permute(0, 2, 3, 1), mode="bilinear", padding_mode="border", align_corners=False)
@@ -204,9 +204,9 @@ def _grey(images: Tensor) -> Tensor:
     return _GREY[0] * red + _GREY[1] * green + _GREY[2] * blue
 
 
-def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+def _blend(images: Tensor, target: Tensor, factor: Tensor) -> Tensor:
     """``factor`` parts of the picture and ``1 - factor`` of the other one."""
-    return torch.lerp(other.expand_as(images), images, factor).clamp_(0, 1)
+    return torch.lerp(target.expand_as(images), images, factor).clamp_(0, 1)
 
 
 def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:

@@ -64,8 +64,8 @@ def verify(folder: Path, *, deep: bool = True, workers: int = 1, on_progress: Ca
     total = sum(shard.samples for shard in shards)
     check = partial(_shard_problems, folder, index.image_size, deep)
     done = 0
-    for shard, found in zip(shards, _each(check, shards, workers=min(workers, len(shards)) if deep else 1), strict=True):
-        problems += found
+    for shard, shard_problems in zip(shards, _each(check, shards, workers=min(workers, len(shards)) if deep else 1), strict=True):
+        problems += shard_problems
         done += shard.samples
         if on_progress:
             on_progress(done, total)

@@ -24,7 +24,7 @@ class Difference:
     key: str
     """The sample."""
     recorded: str
-    found: str
+    actual: str
     gaps: npt.NDArray[np.float64]
     """(N,) of each sample."""
     shift: float
@@ -37,32 +37,32 @@ class Difference:
         return int((self.gaps > tolerance).sum())
 
 
-def compare_rows(recorded: Rows, found: Rows, *, shared_only: bool = False) -> Iterator[Difference]:
+def compare_rows(recorded: Rows, actual: Rows, *, shared_only: bool = False) -> Iterator[Difference]:
     """The columns of two tables of the same samples in the same order, each with its largest difference.
 
     Args:
         recorded: as written.
-        found: as found again.
+        actual: as evaluated again.
         shared_only: only what all methods of a training share: logits and layer attention.
     """
-    scale = max(1.0, float(np.abs(found.logits).max(initial=0)))
-    yield _difference("logits", recorded, recorded.logits, found.logits, scale=scale)
+    scale = max(1.0, float(np.abs(actual.logits).max(initial=0)))
+    yield _difference("logits", recorded, recorded.logits, actual.logits, scale=scale)
     nothing = np.full(len(recorded.keys), np.nan, dtype=np.float32)
-    for layer in sorted(recorded.attention_cosines.keys() | found.attention_cosines.keys()):
-        pair = (rows.attention_cosines.get(layer, nothing) for rows in (recorded, found))
+    for layer in sorted(recorded.attention_cosines.keys() | actual.attention_cosines.keys()):
+        pair = (rows.attention_cosines.get(layer, nothing) for rows in (recorded, actual))
         yield _difference(f"attention_cosine_{layer}", recorded, *pair)
     if shared_only:
         return
-    yield _difference("label", recorded, recorded.labels, found.labels)
-    yield _difference("au_valid", recorded, recorded.au_valid, found.au_valid)
-    yield _difference("map_cosine_true", recorded, recorded.map_cosines_true, found.map_cosines_true)
-    yield _difference("map_cosine_predicted", recorded, recorded.map_cosines_predicted, found.map_cosines_predicted)
-    for name in sorted(recorded.measures.keys() | found.measures.keys()):
-        yield _difference(f"measure_{name}", recorded, recorded.measures.get(name, nothing), found.measures.get(name, nothing))
+    yield _difference("label", recorded, recorded.labels, actual.labels)
+    yield _difference("au_valid", recorded, recorded.au_valid, actual.au_valid)
+    yield _difference("map_cosine_true", recorded, recorded.map_cosines_true, actual.map_cosines_true)
+    yield _difference("map_cosine_predicted", recorded, recorded.map_cosines_predicted, actual.map_cosines_predicted)
+    for name in sorted(recorded.measures.keys() | actual.measures.keys()):
+        yield _difference(f"measure_{name}", recorded, recorded.measures.get(name, nothing), actual.measures.get(name, nothing))
 
 
-def _difference(column: str, rows: Rows, recorded: npt.NDArray[Any], found: npt.NDArray[Any], *, scale: float = 1.0) -> Difference:
-    a, b = recorded.astype(np.float64), found.astype(np.float64)
+def _difference(column: str, rows: Rows, recorded: npt.NDArray[Any], actual: npt.NDArray[Any], *, scale: float = 1.0) -> Difference:
+    a, b = recorded.astype(np.float64), actual.astype(np.float64)
     of_map = column.startswith(("map_", "measure_"))
     if a.shape != b.shape:
         shapes = {"recorded": f"shape {a.shape}", "found": f"shape {b.shape}"}
@@ -76,7 +76,7 @@ def _difference(column: str, rows: Rows, recorded: npt.NDArray[Any], found: npt.
         largest=float(both[sample, place]),
         key=rows.keys[sample],
         recorded=str(recorded.reshape(len(a), -1)[sample, place]),
-        found=str(found.reshape(len(a), -1)[sample, place]),
+        actual=str(actual.reshape(len(a), -1)[sample, place]),
         gaps=both.max(axis=1),
         shift=_shift(a - b, rows.labels) if a.ndim == 1 else math.inf,
         of_map=of_map,

@@ -121,11 +121,11 @@ class _Group:
 
     def report(self) -> Report:
         """What it has told, or what its death tells."""
-        told = read_report(self._path)
+        ended = read_report(self._path)
         code = self._process.returncode
-        if told is None and self._sent is not None and code == -self._sent:  # asked to stop before it could listen: nothing was begun
+        if ended is None and self._sent is not None and code == -self._sent:  # asked to stop before it could listen: nothing was begun
             return Report(status=REQUEUE)
-        return told or Report(status=2 if code == 2 else 1, message=f"died ({_death(code)})")
+        return ended or Report(status=2 if code == 2 else 1, message=f"died ({_death(code)})")
 
     def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(  # noqa: S603 - our own command

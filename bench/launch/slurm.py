@@ -169,9 +169,9 @@ class _Child:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             options = os.WEXITED | os.WNOWAIT | (os.WNOHANG if deadline is not None else 0)
-            found = os.waitid(os.P_PID, self._process.pid, options)
-            if found is not None:
-                return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+            ended = os.waitid(os.P_PID, self._process.pid, options)
+            if ended is not None:
+                return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
             if deadline is None or time.monotonic() >= deadline:
                 return None
             time.sleep(0.1)

@@ -85,12 +85,12 @@ def run_elastic(elastic: Elastic, *, stop: StopRequest, progress: Callable[[], o
         path = Path(folder) / "report.json"
         with _environment(_environment_of(elastic, path)):
             report = _run(elastic, stop, progress)
-        told = read_report(path)
+        ended = read_report(path)
     if report is not None:
         return report
-    if stop.reason is not None and (told is None or told.status != 0):
-        return Report(status=REQUEUE, message=f"stopped by {stop.reason}", failed=told.failed if told else {})
-    return told or Report(status=REQUEUE, message="another node has ended this run")
+    if stop.reason is not None and (ended is None or ended.status != 0):
+        return Report(status=REQUEUE, message=f"stopped by {stop.reason}", failed=ended.failed if ended else {})
+    return ended or Report(status=REQUEUE, message="another node has ended this run")
 
 
 def _run(elastic: Elastic, stop: StopRequest, progress: Callable[[], object]) -> Report | None:
@@ -217,10 +217,10 @@ def _meeting_point(elastic: Elastic, stop: StopRequest) -> RendezvousHandler:
 def is_local(host: str) -> bool:
     """Whether a host name or address is of this machine: one can listen there."""
     try:
-        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
     except OSError:
         return False
-    for family, kind, protocol, _, address in found:
+    for family, kind, protocol, _, address in addresses:
         try:
             with socket.socket(family, kind, protocol) as probe:
                 probe.bind(address)

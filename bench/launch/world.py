@@ -135,10 +135,10 @@ def _expand(part: str) -> Iterator[str]:
 def _torch_world(environ: MutableMapping[str, str]) -> World:
     absent = [name for name in ("RANK", "WORLD_SIZE") if not environ.get(name)]
     if absent:
-        there = "WORLD_SIZE" if absent[0] == "RANK" else "RANK"
+        present = "WORLD_SIZE" if absent[0] == "RANK" else "RANK"
         raise ValueError(
-            f"{there}={environ.get(there)} is set, but {absent[0]} is not: half a world. Start with torchrun or accelerate launch, "
-            f"which set both, or unset {there} to work alone"
+            f"{present}={environ.get(present)} is set, but {absent[0]} is not: half a world. Start with torchrun or accelerate launch, "
+            f"which set both, or unset {present} to work alone"
         )
     return _checked(World(rank=_number(environ, "RANK"), size=_number(environ, "WORLD_SIZE"), by="torchrun"), "RANK")
 

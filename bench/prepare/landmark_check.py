@@ -126,14 +126,14 @@ def draw_sample(index: Index, *, split: str, count: int) -> list[tuple[str, Shar
     """
     if split not in (*index.splits, ALL_SPLITS):
         known = (*index.splits, ALL_SPLITS)
-        raise ValueError(f"--split {split}: choose of {', '.join(known)}.{did_you_mean(split, known)}")
+        raise ValueError(f"--split {split}: choose one of: {', '.join(known)}.{did_you_mean(split, known)}")
     located = [
         (name, shard, member)
         for name in (index.splits if split == ALL_SPLITS else [split])
         for shard in index.splits[name].shards
         for member in shard.members
     ]
-    return sorted(located, key=lambda one: hashlib.sha256(f"{one[0]}/{one[2].key}".encode()).digest())[:count]
+    return sorted(located, key=lambda entry: hashlib.sha256(f"{entry[0]}/{entry[2].key}".encode()).digest())[:count]
 
 
 def check_landmarks(
@@ -164,7 +164,7 @@ def check_landmarks(
     known = (STORED, *WEIGHTS)
     for source in (first, second):
         if source not in known:
-            raise ValueError(f"unknown source of landmarks {source!r}: choose of {', '.join(known)}.{did_you_mean(source, known)}")
+            raise ValueError(f"unknown source of landmarks {source!r}: choose one of: {', '.join(known)}.{did_you_mean(source, known)}")
     if first == second:
         raise ValueError(f"both sources are {first!r}: nothing to compare. Choose two of {', '.join(known)}")
     index = load_index(folder)
@@ -177,10 +177,10 @@ def check_landmarks(
     for start in range(0, len(chosen), _GROUP):
         group = chosen[start : start + _GROUP]
         read = [read_sample(folder, shard, member) for _, shard, member in group]
-        found = [_points(landmarker, read) for landmarker in landmarkers]
+        points = [_points(landmarker, read) for landmarker in landmarkers]
         faces += [
-            _compare(name, shard, member, sample.source, one, two)
-            for (name, shard, member), sample, one, two in zip(group, read, *found, strict=True)
+            _compare(name, shard, member, sample.source, first_points, second_points)
+            for (name, shard, member), sample, first_points, second_points in zip(group, read, *points, strict=True)
         ]
         if on_progress:
             on_progress(len(faces), len(chosen))

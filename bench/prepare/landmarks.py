@@ -170,14 +170,14 @@ class FaceAlignmentLandmarker(Landmarker):
         ]
         crops = [_crop(image, place) for image, place in zip(images, places, strict=True) if place is not None]
         maps = iter(self._heat_maps(crops))
-        found: list[npt.NDArray[np.float64] | None] = []
+        faces: list[npt.NDArray[np.float64] | None] = []
         for place in places:
             if place is None:
-                found.append(None)
+                faces.append(None)
                 continue
             _, points, _ = get_preds_fromhm(next(maps)[None], place.center, place.scale)
-            found.append(points.reshape(68, 2).astype(np.float64))
-        return found
+            faces.append(points.reshape(68, 2).astype(np.float64))
+        return faces
 
     def _heat_maps(self, crops: Sequence[npt.NDArray[np.uint8]]) -> Iterator[npt.NDArray[np.float32]]:
         """(68, 64, 64) of each (256, 256, 3) crop: the sum over the crop and its mirror image, each from the last hourglass."""
@@ -245,15 +245,15 @@ class DlibLandmarker(Landmarker):
 
     def find(self, images: Sequence[npt.NDArray[np.uint8]], boxes: Sequence[Box | None]) -> list[npt.NDArray[np.float64] | None]:
         """See `Landmarker.find`."""
-        found: list[npt.NDArray[np.float64] | None] = []
+        faces: list[npt.NDArray[np.float64] | None] = []
         for image, box in zip(images, boxes, strict=True):
             place = box if box is not None and _is_plausible(box, image) else self._search(image)
             if place is None:
-                found.append(None)
+                faces.append(None)
                 continue
             shape = self._predict(np.ascontiguousarray(image), self._rectangle(*map(round, place)))
-            found.append(np.array([(point.x, point.y) for point in shape.parts()], np.float64))
-        return found
+            faces.append(np.array([(point.x, point.y) for point in shape.parts()], np.float64))
+        return faces
 
     def _search(self, image: npt.NDArray[np.uint8]) -> Box | None:
         """The largest face that the detector finds; where there is none, once more in the picture at twice its size."""
@@ -362,21 +362,23 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 def _import(name: str) -> None:
     """See that the package is there and can be imported, with all it needs in turn."""
     package = _PACKAGES[name]
-    other = f"Other choices: {_others(name)}"
+    alternatives = f"Other choices: {_others(name)}"
     if importlib.util.find_spec(package) is None:
         patience = "; it compiles for some minutes" if name == "dlib" else ""
-        raise ValueError(f"landmarks={name} needs the package {name}: {install_command(_EXTRAS[name])}{patience}. {other}")
+        raise ValueError(f"landmarks={name} needs the package {name}: {install_command(_EXTRAS[name])}{patience}. {alternatives}")
     try:
         importlib.import_module(package)
     except ImportError as error:
         hint = ""
         if "libGL" in str(error):
             hint = " On a machine without a display: pip install --force-reinstall --no-deps opencv-python-headless."
-        raise ValueError(f"landmarks={name}: the package {name} is installed but cannot be imported: {error}.{hint} {other}") from error
+        raise ValueError(
+            f"landmarks={name}: the package {name} is installed but cannot be imported: {error}.{hint} {alternatives}"
+        ) from error
 
 
 def _others(name: str) -> str:
-    return " or ".join(f"--landmarks {other}" for other in (*WEIGHTS, "none") if other != name)
+    return " or ".join(f"--landmarks {choice}" for choice in (*WEIGHTS, "none") if choice != name)
 
 
 def _files(name: str, *, weights: Path | None) -> dict[str, Path]:
@@ -389,10 +391,10 @@ def _files(name: str, *, weights: Path | None) -> dict[str, Path]:
     elif weights is not None:
         missing = [file for file in wanted.values() if not (weights / file.name).is_file()]
         if missing:
-            there = "is no folder" if not weights.is_dir() else f"lacks {' and '.join(file.name for file in missing)}"
+            fault = "is no folder" if not weights.is_dir() else f"lacks {' and '.join(file.name for file in missing)}"
             urls = ", ".join(file.url for file in missing)
             raise ValueError(
-                f"--landmark-weights {weights} {there}. For landmarks={name} it must hold "
+                f"--landmark-weights {weights} {fault}. For landmarks={name} it must hold "
                 f"{' and '.join(file.name for file in wanted.values())}; get {urls}. Other choices: {_others(name)}"
             )
         paths = {role: weights / file.name for role, file in wanted.items()}
@@ -444,10 +446,10 @@ def _download(file: WeightsFile, path: Path, *, name: str) -> None:
 
 
 def _check(path: Path, file: WeightsFile, *, name: str) -> None:
-    found = _sha256_of(path)
-    if not found.startswith(file.sha256):
+    sha256 = _sha256_of(path)
+    if not sha256.startswith(file.sha256):
         raise ValueError(
-            f"{path} is not the published {file.name}: its sha256 begins with {found[: len(file.sha256)]}, published is {file.sha256}. "
+            f"{path} is not the published {file.name}: its sha256 begins with {sha256[: len(file.sha256)]}, published is {file.sha256}. "
             f"It is damaged or another version: delete it and get {file.url}. Other choices: {_others(name)}"
         )
 

@@ -270,7 +270,7 @@ def _check_items(entry_name: str, splits: Mapping[str, Sequence[Item]], classes:
 def _check_counts(
     entry_name: str,
     what: str,
-    found: Mapping[str, Mapping[str, int]],
+    counts: Mapping[str, Mapping[str, int]],
     expected: Mapping[str, Mapping[str, int]],
     *,
     allow_partial: bool,
@@ -279,7 +279,7 @@ def _check_counts(
     differing: dict[str, dict[str, list[int]]] = {}
     for split, published in expected.items():
         parts = ("train", "val") if split == "train" and "val" not in expected else (split,)
-        have = {name: sum(found.get(part, {}).get(name, 0) for part in parts) for name in published}
+        have = {name: sum(counts.get(part, {}).get(name, 0) for part in parts) for name in published}
         wrong = {name: [have[name], count] for name, count in published.items() if have[name] != count}
         if wrong:
             differing[split] = wrong
@@ -296,14 +296,14 @@ def _check_counts(
 
 
 def _check_classes(
-    entry_name: str, what: str, found: Mapping[str, Mapping[str, int]], classes: Sequence[str], *, allow_partial: bool
+    entry_name: str, what: str, counts: Mapping[str, Mapping[str, int]], classes: Sequence[str], *, allow_partial: bool
 ) -> dict[str, dict[str, list[int]]]:
     """Two classes at least, each with a picture to train and one to test on.
 
     Args:
         entry_name: registered dataset, for the message.
         what: ``listed`` or ``usable``, the pictures that are counted.
-        found: split -> class -> pictures.
+        counts: split -> class -> pictures.
         classes: every class name.
         allow_partial: go on without.
 
@@ -313,7 +313,7 @@ def _check_classes(
     Raises:
         ValueError: a class has none, or there is one class, without ``allow_partial``.
     """
-    empty = {split: {name: [0, 1] for name in classes if not found[split].get(name)} for split in ("train", "test") if split in found}
+    empty = {split: {name: [0, 1] for name in classes if not counts[split].get(name)} for split in ("train", "test") if split in counts}
     empty = {split: names for split, names in empty.items() if names}
     ways = "Or go on with --allow-partial: the index records it"
     if len(classes) < 2 and not allow_partial:
@@ -333,16 +333,16 @@ def _check_classes(
 def _class_notes(classes: Sequence[str]) -> list[str]:
     """A sentence about class names that are no expressions, with the nearest expression of each."""
     known = [name for name in classes if name.strip().lower() in EXPRESSION_NAMES]
-    other = [name for name in classes if name not in known]
-    if not other:
+    unknown = [name for name in classes if name not in known]
+    if not unknown:
         return []
     words = []
-    for name in other[:10]:
+    for name in unknown[:10]:
         close = get_close_matches(
             name.strip().lower(), [expression for expression in EXPRESSIONS if expression not in known], n=1, cutoff=0.5
         )
         words.append(f"{name!r}{f' (did you mean {close[0]!r}?)' if close else ''}")
-    more = f" and {len(other) - 10} more" if len(other) > 10 else ""
+    more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
     return [
         f"class names that are expressions: {', '.join(known) or 'none'}; not recognised: {', '.join(words)}{more}. Guidance and CAM-COS "
         f"need the names {', '.join(EXPRESSIONS)}: rename these classes in the raw data if they are expressions, and prepare again"
@@ -428,24 +428,24 @@ def _existing(out: Path, plan: Mapping[str, Any], splits: Mapping[str, Sequence[
 
 def _differences(had: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     keys = [key for key in wanted if key not in ("options", "input_sha256")]
-    found = [f"{key} was {had[key]!r}, now {wanted[key]!r}" for key in keys if had[key] != wanted[key]]
+    differences = [f"{key} was {had[key]!r}, now {wanted[key]!r}" for key in keys if had[key] != wanted[key]]
     if had["entry"] == wanted["entry"]:
         for key in sorted(had["options"].keys() | wanted["options"].keys()):
             old, new = had["options"].get(key, "absent"), wanted["options"].get(key, "absent")
             if old != new:
-                found.append(f"option {key} was {old!r}, now {new!r}")
-    if not found and had["input_sha256"] != wanted["input_sha256"]:
-        found.append("the pictures, classes, identities or landmarks in the raw folder have changed")
-    return found
+                differences.append(f"option {key} was {old!r}, now {new!r}")
+    if not differences and had["input_sha256"] != wanted["input_sha256"]:
+        differences.append("the pictures, classes, identities or landmarks in the raw folder have changed")
+    return differences
 
 
 def _open_journal(out: Path, plan: Mapping[str, Any], *, overwrite: bool) -> None:
     journal = out / JOURNAL_NAME
     fresh = not (out / INDEX_NAME).exists() and not journal.exists()
-    others = sorted(path.name for path in out.iterdir() if path != journal and not _OWN_FILE.fullmatch(path.name))
-    if fresh and others:
+    foreign = sorted(path.name for path in out.iterdir() if path != journal and not _OWN_FILE.fullmatch(path.name))
+    if fresh and foreign:
         raise ValueError(
-            f"--out {out} holds other files ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}). Give an empty folder"
+            f"--out {out} holds other files ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}). Give an empty folder"
         )
     try:
         resumes = not (out / INDEX_NAME).exists() and json.loads((journal / _PLAN_NAME).read_bytes()) == plan
@@ -627,12 +627,12 @@ def _samples(
 ) -> Iterator[tuple[int, Item, tuple[bytes, dict[str, Any]] | BadPictureError]]:
     """Every item of a shard with its picture and note, or with why there is none."""
     read = ((position, item, _read(dataset, item)) for position, item in enumerate(job.items, start=job.start))
-    for group in ([one] for one in read) if landmarker is None else _groups(read):
+    for group in ([sample] for sample in read) if landmarker is None else _groups(read):
         if landmarker is not None:
             faces = [face for _, _, face in group if isinstance(face, Face)]
-            found = iter(landmarker.find([face.image for face in faces], [face.box for face in faces]))
+            points = iter(landmarker.find([face.image for face in faces], [face.box for face in faces]))
             group = [
-                (position, item, dataclasses.replace(face, landmarks=next(found)) if isinstance(face, Face) else face)
+                (position, item, dataclasses.replace(face, landmarks=next(points)) if isinstance(face, Face) else face)
                 for position, item, face in group
             ]
         for position, item, face in group:
@@ -643,12 +643,12 @@ def _groups(read: Iterable[tuple[int, Item, Face | BadPictureError]]) -> Iterato
     """Neighbours of a shard. They begin at its first item: what a network sees together does not depend on who makes the shard, or when."""
     group: list[tuple[int, Item, Face | BadPictureError]] = []
     pixels = 0
-    for one in read:
-        size = one[2].image.shape[0] * one[2].image.shape[1] if isinstance(one[2], Face) else 0
+    for sample in read:
+        size = sample[2].image.shape[0] * sample[2].image.shape[1] if isinstance(sample[2], Face) else 0
         if group and (len(group) == LANDMARK_GROUP or pixels + size > GROUP_PIXELS):
             yield group
             group, pixels = [], 0
-        group.append(one)
+        group.append(sample)
         pixels += size
     if group:
         yield group
@@ -784,13 +784,13 @@ def _overlaps(splits: Mapping[str, Sequence[Item]], by_split: Mapping[str, Seque
         torn = sorted(sorted(source for _, source in same) for same in shown.values() if len({label for label, _ in same}) > 1)
         if torn:
             notes.append(f"{len(torn)} pictures of {split} are there under several classes, first: {' = '.join(torn[0])}")
-    for one, other in combinations(splits, 2):
-        same = sorted(people[one] & people[other])
+    for first, second in combinations(splits, 2):
+        same = sorted(people[first] & people[second])
         if same:
-            notes.append(f"{len(same)} people are in both {one} and {other}, first: {same[0]}")
-        twins = sorted((sources[one][digest], sources[other][digest]) for digest in sources[one].keys() & sources[other].keys())
+            notes.append(f"{len(same)} people are in both {first} and {second}, first: {same[0]}")
+        twins = sorted((sources[first][digest], sources[second][digest]) for digest in sources[first].keys() & sources[second].keys())
         if twins:
-            notes.append(f"{len(twins)} pictures are in both {one} and {other}, first: {twins[0][0]} = {twins[0][1]}")
+            notes.append(f"{len(twins)} pictures are in both {first} and {second}, first: {twins[0][0]} = {twins[0][1]}")
     return notes
 
 

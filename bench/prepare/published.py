@@ -230,10 +230,10 @@ class Folds:
         for rows in self._rows:
             digest.update(rows.sha256.encode())
         self.sha256 = digest.hexdigest()
-        for one, other in combinations(self.labels, 2):
-            twice = self.labels[one].keys() & self.labels[other].keys()
-            if twice and not (other == "test" and one == "val" and self.val_is_test):
-                raise ValueError(f"--folds {folder}: {len(twice)} ids are in both {one} and {other}, first: {min(twice)}")
+        for first, second in combinations(self.labels, 2):
+            twice = self.labels[first].keys() & self.labels[second].keys()
+            if twice and not (second == "test" and first == "val" and self.val_is_test):
+                raise ValueError(f"--folds {folder}: {len(twice)} ids are in both {first} and {second}, first: {min(twice)}")
 
     @property
     def val_is_test(self) -> bool:

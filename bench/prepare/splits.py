@@ -55,9 +55,9 @@ def stratified_cut(items: Sequence[Item], *, fraction: float, salt: str) -> tupl
     for label in sorted(quota):
         if quota[label] == 0 or taken[label] > 0:
             continue
-        possible = [g for g in order if groups[g][label] > 0 and all(taken[other] + n < totals[other] for other, n in groups[g].items())]
+        possible = [g for g in order if groups[g][label] > 0 and all(taken[part] + n < totals[part] for part, n in groups[g].items())]
         if possible:
-            best = min(possible, key=lambda g: sum(max(0, taken[other] + n - quota[other]) for other, n in groups[g].items()))
+            best = min(possible, key=lambda g: sum(max(0, taken[part] + n - quota[part]) for part, n in groups[g].items()))
             taken += groups[best]
             chosen.add(best)
     if not chosen:

@@ -199,15 +199,15 @@ class Engine:
             yield
         except (Exception, HaltError) as error:  # noqa: BLE001 - raised again below, on all processes
             local = error
-        told = self.gather(None if local is None else (type(local).__name__, str(local)))
-        wrong = {rank: what for rank, what in enumerate(told) if what is not None}
+        errors = self.gather(None if local is None else (type(local).__name__, str(local)))
+        wrong = {rank: what for rank, what in enumerate(errors) if what is not None}
         for halt in (LeaseLostError, StoppedError):
             for name, text in wrong.values():
                 if name == halt.__name__:
                     raise halt(text) from local
         if wrong:
             rank, (name, text) = next(iter(wrong.items()))
-            everyone = len(set(told)) == 1
+            everyone = len(set(errors)) == 1
             raise EverywhereError(f"{name}: {text}" if everyone else f"process {rank}: {name}: {text}") from local
 
     def share_buffers(self, module: nn.Module) -> None:

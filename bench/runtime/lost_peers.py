@@ -26,7 +26,7 @@ def give_up_on_lost_peers(port: int, *, seconds: int) -> int:
     """
     if not hasattr(socket, "TCP_USER_TIMEOUT") or not _OPEN.is_dir():
         return 0
-    told = 0
+    sockets = 0
     for entry in list(_OPEN.iterdir()):
         connection = _socket(int(entry.name))
         if connection is None:
@@ -38,8 +38,8 @@ def give_up_on_lost_peers(port: int, *, seconds: int) -> int:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, seconds // 2))
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, seconds // 6))
-                told += 1
-    return told
+                sockets += 1
+    return sockets
 
 
 def _socket(number: int) -> socket.socket | None:

@@ -285,8 +285,8 @@ class _Trainer:
         stop, lost = self.engine.stop.reason is not None, self.hold.lost
         if self.engine.world_size > 1:
             now = time.monotonic()
-            told = self.engine.sum(torch.tensor([float(stop), float(lost), now - self._heeded], device=self.engine.device))
-            stopping, losing, seconds = told.tolist()
+            sums = self.engine.sum(torch.tensor([float(stop), float(lost), now - self._heeded], device=self.engine.device))
+            stopping, losing, seconds = sums.tolist()
             stop, lost = stopping > 0, losing > 0
             # The same figures, hence the same number of steps to the next look, on all processes.
             steps_per_second = self._unheeded * self.engine.world_size / max(seconds, 1e-6)
@@ -445,12 +445,12 @@ class _Trainer:
 
     def _resume(self) -> None:
         with self.engine.together():
-            found = self._look_for_checkpoint() if self.engine.is_main else None
-        name = self.engine.from_main(found.folder.name if found else None)
+            newest = self._look_for_checkpoint() if self.engine.is_main else None
+        name = self.engine.from_main(newest.folder.name if newest else None)
         if name is None:
             return
         with self.engine.together():
-            checkpoint = found or load_checkpoint(self.folder / "checkpoints" / name)
+            checkpoint = newest or load_checkpoint(self.folder / "checkpoints" / name)
             state = checkpoint.state
             if state["training"] != self.training.key:
                 raise ValueError(f"{checkpoint.folder} belongs to another training ({state['training'][:10]}); move it away")

@@ -134,24 +134,24 @@ def test_double_and_single_precision_landmarks_give_the_same_map(variant):
 def test_symmetric_map_of_a_mirrored_face_is_the_mirrored_map(seed):
     landmarks = faces(6, seed=seed, noise=5)
     own = action_unit_maps(landmarks, SOME, frame=224, size=GRID, variant="symmetric")
-    other = action_unit_maps(mirrored(landmarks, frame=224), SOME, frame=224, size=GRID, variant="symmetric")
-    assert_same(own.maps.flip(2), other.maps)
+    second = action_unit_maps(mirrored(landmarks, frame=224), SOME, frame=224, size=GRID, variant="symmetric")
+    assert_same(own.maps.flip(2), second.maps)
 
 
 @pytest.mark.parametrize("expression", [3, 4, 5, 6])  # those with a slip: chin raiser, lip stretcher, upper lip raiser
 def test_official_map_of_a_mirrored_face_is_not_the_mirrored_map(expression):
     landmarks, ids = faces(1, noise=0), torch.tensor([expression])
     own = action_unit_maps(landmarks, ids, frame=224, size=GRID)
-    other = action_unit_maps(mirrored(landmarks, frame=224), ids, frame=224, size=GRID)
-    assert F.cosine_similarity(own.maps.flip(2).flatten(1), other.maps.flatten(1)) < 0.99
+    second = action_unit_maps(mirrored(landmarks, frame=224), ids, frame=224, size=GRID)
+    assert F.cosine_similarity(own.maps.flip(2).flatten(1), second.maps.flatten(1)) < 0.99
 
 
 @given(seed=SEEDS, frame=st.integers(40, 600))
 @settings(max_examples=20)
 def test_symmetric_map_does_not_depend_on_the_resolution(seed, frame):
     own = action_unit_maps(faces(6, seed=seed), SOME, frame=224, size=GRID, variant="symmetric")
-    other = action_unit_maps(faces(6, seed=seed, frame=frame), SOME, frame=frame, size=GRID, variant="symmetric")
-    assert_same(own.maps, other.maps)
+    second = action_unit_maps(faces(6, seed=seed, frame=frame), SOME, frame=frame, size=GRID, variant="symmetric")
+    assert_same(own.maps, second.maps)
 
 
 @pytest.mark.parametrize(("variant", "scales"), [("symmetric", True), ("official", False)])
@@ -163,10 +163,10 @@ def test_only_symmetric_radii_are_half_as_large_in_a_face_half_as_large(variant,
     assert torch.allclose(half, radius / 2, rtol=1e-4) == scales
 
 
-def assert_same(own, other):
+def assert_same(own, second):
     """Equal but for pixels on the very outline, which rounding may put on either side: one of the four readings of a cell."""
-    assert ((own - other).abs() > 1e-5).double().mean() < 0.005
-    assert (own - other).abs().max() < 0.1
+    assert ((own - second).abs() > 1e-5).double().mean() < 0.005
+    assert (own - second).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("frame", [28, 84, 112, 224])

@@ -31,12 +31,12 @@ def cell(results, method, seed):
     return folder
 
 
-def found(*paths, **options):
+def problems_of(*paths, **options):
     """The problems, as a reader sees them."""
     return [str(problem) for problem in verify(list(paths), **options).problems]
 
 
-def one(problems, *words):
+def only_problem(problems, *words):
     """The only problem with all these words."""
     (problem,) = [text for text in problems if all(word in text for word in words)]
     return problem
@@ -122,19 +122,19 @@ def test_what_a_run_leaves_is_sound(honest, data_root):
 
 @pytest.mark.parametrize("schema", ["schema1", "schema2", "schema3"])
 def test_a_record_of_an_older_schema_is_sound(schema, request):
-    assert found(request.path.parents[1] / GOLDEN / schema) == []
+    assert problems_of(request.path.parents[1] / GOLDEN / schema) == []
 
 
 def test_a_folder_whose_name_looks_like_an_address_is_a_folder(honest, tmp_path, monkeypatch):
     honest.rename(tmp_path / "exp:1")
     monkeypatch.chdir(tmp_path)
-    assert not found(Path("exp:1"))
+    assert not problems_of(Path("exp:1"))
 
 
 def test_a_cell_and_a_record_are_looked_at_alone(honest):
     folder = cell(honest, "cam", 0)
     for path in (folder, folder / "record.json"):
-        assert [one.folder for one in verify([path]).facts] == [folder]
+        assert [fact.folder for fact in verify([path]).facts] == [folder]
 
 
 def test_a_changed_figure_is_named_with_what_the_rows_give(honest):
@@ -143,9 +143,9 @@ def test_a_changed_figure_is_named_with_what_the_rows_give(honest):
     true = tree["metrics"]["cl"]["accuracy"]
     tree["metrics"]["cl"]["accuracy"] = 0.91
     write(folder, tree)
-    problems = found(honest)
-    one(problems, f"{folder}/record.json: metrics.cl.accuracy: recorded 0.91, rows give {true!r}")
-    one(problems, f"{folder}/DONE", "changed after it was finished")
+    problems = problems_of(honest)
+    only_problem(problems, f"{folder}/record.json: metrics.cl.accuracy: recorded 0.91, rows give {true!r}")
+    only_problem(problems, f"{folder}/DONE", "changed after it was finished")
     assert len(problems) == 2
 
 
@@ -154,7 +154,7 @@ def test_a_changed_figure_is_found_though_the_marker_was_forged_too(honest):
     tree = read(folder)
     tree["metrics"]["att_cos"]["3"]["per_class"]["fear"]["mean"] += 1e-9
     seal(folder, tree)
-    (problem,) = found(honest)
+    (problem,) = problems_of(honest)
     assert f"{folder}/record.json: metrics.att_cos.3.per_class.fear.mean: recorded" in problem
 
 
@@ -162,7 +162,7 @@ def test_a_swapped_row_is_found_by_the_figures(honest):
     folder = cell(honest, "cam", 0)
     edit_rows(folder, map_cosine_true=swap)
     seal(folder, read(folder))
-    assert "metrics.cam_cos.true" in one(found(honest), "rows give")
+    assert "metrics.cam_cos.true" in only_problem(problems_of(honest), "rows give")
 
 
 def test_swapped_logits_with_all_figures_and_hashes_forged_are_found_by_the_other_method_of_the_training(honest):
@@ -170,7 +170,7 @@ def test_swapped_logits_with_all_figures_and_hashes_forged_are_found_by_the_othe
     key = read_rows(folder / "samples.parquet").keys[20]
     edit_rows(folder, logits=swap)
     forge(folder)
-    (problem,) = found(honest)
+    (problem,) = problems_of(honest)
     first = read_rows(folder / "samples.parquet").keys[3]
     assert "column logits" in problem
     assert f"sample '{first}'" in problem or f"sample '{key}'" in problem
@@ -182,10 +182,10 @@ def test_a_duplicated_sample_is_named(honest):
     keep_rows(folder, [*range(5), 4, *range(6, 27)])
     key, lost = (read_rows(cell(honest, "cam", 0) / "samples.parquet").keys[n] for n in (4, 5))
     seal(folder, read(folder))
-    problems = found(honest)
-    one(problems, f"{folder}/samples.parquet: sample '{key}'", "it is there several times")
-    one(problems, f"sample '{lost}'", "has it, this one not")
-    one(problems, "keys_sha256")
+    problems = problems_of(honest)
+    only_problem(problems, f"{folder}/samples.parquet: sample '{key}'", "it is there several times")
+    only_problem(problems, f"sample '{lost}'", "has it, this one not")
+    only_problem(problems, "keys_sha256")
 
 
 def test_a_missing_sample_is_named(honest):
@@ -193,9 +193,9 @@ def test_a_missing_sample_is_named(honest):
     key = read_rows(folder / "samples.parquet").keys[7]
     keep_rows(folder, [n for n in range(27) if n != 7])
     forge(folder)
-    problems = found(honest)
-    one(problems, "data.samples: recorded 27", "the rows are 26")
-    one(problems, f"{folder}/samples.parquet: sample '{key}'", "1 missing and 0 added")
+    problems = problems_of(honest)
+    only_problem(problems, "data.samples: recorded 27", "the rows are 26")
+    only_problem(problems, f"{folder}/samples.parquet: sample '{key}'", "1 missing and 0 added")
 
 
 def test_a_missing_sample_is_named_by_the_data_alone(honest, data_root):
@@ -207,15 +207,15 @@ def test_a_missing_sample_is_named_by_the_data_alone(honest, data_root):
     tree["data"]["samples"] = 26
     tree["data"]["keys_sha256"] = hashlib.sha256("\n".join(read_rows(folder / "samples.parquet").keys).encode()).hexdigest()
     seal(folder, tree)
-    problems = found(folder, data=data_root)
-    one(problems, f"sample '{key}'", "26 samples, 27 in the data", "the data has it, the rows do not")
+    problems = problems_of(folder, data=data_root)
+    only_problem(problems, f"sample '{key}'", "26 samples, 27 in the data", "the data has it, the rows do not")
 
 
 def test_reordered_rows_are_found(honest):
     folder = cell(honest, "cam", 1)
     keep_rows(folder, [1, 0, *range(2, 27)])
     seal(folder, read(folder))
-    one(found(folder), "the rows were reordered")
+    only_problem(problems_of(folder), "the rows were reordered")
 
 
 def test_an_edited_label_is_named_by_the_other_records(honest, data_root):
@@ -224,9 +224,9 @@ def test_an_edited_label_is_named_by_the_other_records(honest, data_root):
     true, edited = int(rows.labels[11]), int(rows.labels[11]) % 6 + 1
     edit_rows(folder, label=lambda values: values.__setitem__(11, edited))
     forge(folder)
-    told = f"{folder}/samples.parquet: sample '{rows.keys[11]}', column label: recorded {edited}"
-    assert f"has {true} (1 of 27 samples differ)" in one(found(honest), told)
-    assert f"has {true} (1 samples differ)" in one(found(folder, data=data_root), told)
+    expected = f"{folder}/samples.parquet: sample '{rows.keys[11]}', column label: recorded {edited}"
+    assert f"has {true} (1 of 27 samples differ)" in only_problem(problems_of(honest), expected)
+    assert f"has {true} (1 samples differ)" in only_problem(problems_of(folder, data=data_root), expected)
 
 
 def test_a_label_that_no_class_has_is_named(honest):
@@ -234,7 +234,7 @@ def test_a_label_that_no_class_has_is_named(honest):
     key = read_rows(folder / "samples.parquet").keys[2]
     edit_rows(folder, label=lambda values: values.__setitem__(2, 7))
     seal(folder, read(folder))
-    one(found(folder), f"sample '{key}', column label: recorded 7, 0 to 6 is wanted")
+    only_problem(problems_of(folder), f"sample '{key}', column label: recorded 7, 0 to 6 is wanted")
 
 
 def test_a_prediction_that_its_logits_do_not_give_is_named(honest):
@@ -243,19 +243,19 @@ def test_a_prediction_that_its_logits_do_not_give_is_named(honest):
     edited = (int(rows.predicted[4]) + 1) % 7
     edit_rows(folder, predicted=lambda values: values.__setitem__(4, edited))
     seal(folder, read(folder))
-    (problem,) = found(folder)
+    (problem,) = problems_of(folder)
     assert f"sample '{rows.keys[4]}', column predicted: recorded {edited}, its logits give {rows.predicted[4]}" in problem
 
 
 def test_data_that_is_not_at_hand_is_said_and_only_strictly_a_problem(honest, tmp_path, data_root):
-    other = prepared(honest, data_root)
-    shutil.copytree(other, tmp_path / "data" / "other")
-    index = json.loads((other / "index.json").read_text())
+    data = prepared(honest, data_root)
+    shutil.copytree(data, tmp_path / "data" / "other")
+    index = json.loads((data / "index.json").read_text())
     index["image_size"] += 1
     (tmp_path / "data" / "other" / "index.json").write_text(json.dumps(index))
     report = verify([honest], data=tmp_path / "data")
     assert (len(report.problems), list(report.unknown_data.values())) == (0, [4])
-    assert all("no prepared dataset in" in problem for problem in found(honest, data=tmp_path / "data", strict=True))
+    assert all("no prepared dataset in" in problem for problem in problems_of(honest, data=tmp_path / "data", strict=True))
 
 
 def test_rows_of_another_index_are_found(honest, tmp_path, data_root):
@@ -265,7 +265,7 @@ def test_rows_of_another_index_are_found(honest, tmp_path, data_root):
     member[1] = (member[1] + 1) % 7
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "index.json").write_text(json.dumps(index))
-    problems = found(honest, data=tmp_path / "data")
+    problems = problems_of(honest, data=tmp_path / "data")
     assert len(problems) == 4
     assert all(f"sample '{member[0]}', column label" in problem for problem in problems)
 
@@ -275,9 +275,9 @@ def test_another_data_fingerprint_is_another_training(honest):
     tree = read(folder)
     tree["data"]["fingerprint"] = "0" * 64
     seal(folder, tree)
-    problems = found(honest)
-    one(problems, f"{folder}/record.json: training_key")
-    one(problems, f"{folder}/record.json: key")
+    problems = problems_of(honest)
+    only_problem(problems, f"{folder}/record.json: training_key")
+    only_problem(problems, f"{folder}/record.json: key")
 
 
 def test_a_copied_seed_is_found(honest):
@@ -285,9 +285,9 @@ def test_a_copied_seed_is_found(honest):
     copied["cell"]["seed"] = 1
     place = rekey(cell(honest, "cam", 0), copied)
     assert place == cell(honest, "cam", 1)
-    problems = found(honest)
-    one(problems, f"{place}/record.json: weights_sha256: recorded those of seed 1, equal to those of seed 0", "copied")
-    one(problems, f"{place}/samples.parquet: logits: recorded those of seed 1, equal to those of seed 0", "copied")
+    problems = problems_of(honest)
+    only_problem(problems, f"{place}/record.json: weights_sha256: recorded those of seed 1, equal to those of seed 0", "copied")
+    only_problem(problems, f"{place}/samples.parquet: logits: recorded those of seed 1, equal to those of seed 0", "copied")
 
 
 def test_a_copied_seed_is_found_though_its_weights_hash_was_made_up(honest):
@@ -295,7 +295,7 @@ def test_a_copied_seed_is_found_though_its_weights_hash_was_made_up(honest):
     copied = read(cell(honest, "cam", 0)) | {"weights_sha256": "ab" * 32}
     copied["cell"]["seed"] = 1
     place = rekey(cell(honest, "cam", 0), copied)
-    (problem,) = found(honest)
+    (problem,) = problems_of(honest)
     assert f"{place}/samples.parquet: logits: recorded those of seed 1, equal to those of seed 0" in problem
 
 
@@ -304,12 +304,12 @@ def test_the_derived_seeds_belong_to_the_seed(honest):
     tree = read(folder)
     tree["seeds"]["data"] += 1
     seal(folder, tree)
-    one(found(folder), "seeds.data: recorded", "seed 0 gives")
+    only_problem(problems_of(folder), "seeds.data: recorded", "seed 0 gives")
 
 
 def test_the_same_cell_twice_is_found(honest):
     shutil.copytree(cell(honest, "cam", 0), honest / "again")
-    one(found(honest), "two records of one cell and seed, synthetic/mini/cam/none/seed0")
+    only_problem(problems_of(honest), "two records of one cell and seed, synthetic/mini/cam/none/seed0")
 
 
 def test_a_training_carried_out_twice_is_noted_and_no_problem(honest):
@@ -325,7 +325,7 @@ def test_a_training_carried_out_twice_is_noted_and_no_problem(honest):
 def test_a_forged_weights_hash_is_found_by_the_other_method_of_the_training(honest):
     folder = cell(honest, "gradcam", 1)
     seal(folder, read(folder) | {"weights_sha256": "cd" * 32})
-    (problem,) = found(honest)
+    (problem,) = problems_of(honest)
     assert f"{folder}/record.json: weights_sha256: recorded '{'cd' * 32}'" in problem
 
 
@@ -337,15 +337,15 @@ def test_a_forged_hash_of_a_file_is_named(honest, field, file):
     tree[field] = "0" * 64
     write(folder, tree)
     (folder / "DONE").write_text(sha(folder / "record.json"))
-    (problem,) = found(honest)
+    (problem,) = problems_of(honest)
     assert f"{folder}/{file}: {field}: recorded '{'0' * 64}', the file has {sha(folder / file)}" in problem
 
 
 def test_exchanged_maps_are_found(honest):
-    mine, other = cell(honest, "cam", 0), cell(honest, "gradcam", 1)
-    shutil.copy(other / "maps.safetensors", mine)
-    (problem,) = found(honest)
-    assert f"{mine}/maps.safetensors: maps_sha256: recorded" in problem
+    folder, second = cell(honest, "cam", 0), cell(honest, "gradcam", 1)
+    shutil.copy(second / "maps.safetensors", folder)
+    (problem,) = problems_of(honest)
+    assert f"{folder}/maps.safetensors: maps_sha256: recorded" in problem
 
 
 def test_maps_of_other_samples_are_found_though_their_hash_was_forged(honest):
@@ -354,7 +354,7 @@ def test_maps_of_other_samples_are_found_though_their_hash_was_forged(honest):
     maps.count[2] += 1
     write_average_maps(folder / "maps.safetensors", maps)
     seal(folder, read(folder))
-    one(found(honest), f"{folder}/maps.safetensors: count", "these maps are of other samples")
+    only_problem(problems_of(honest), f"{folder}/maps.safetensors: count", "these maps are of other samples")
 
 
 @pytest.mark.parametrize("field", ["map", "example_attention"])
@@ -363,7 +363,7 @@ def test_maps_of_another_form_are_found_though_their_hash_was_forged(honest, fie
     maps = read_average_maps(folder / "maps.safetensors")
     write_average_maps(folder / "maps.safetensors", dataclasses.replace(maps, **{field: getattr(maps, field)[:, 1:]}))
     seal(folder, read(folder))
-    one(found(honest), f"{folder}/maps.safetensors: {field}", "these maps are of other data")
+    only_problem(problems_of(honest), f"{folder}/maps.safetensors: {field}", "these maps are of other data")
 
 
 def test_an_edited_setting_is_found_by_key_and_configuration(honest):
@@ -371,14 +371,14 @@ def test_an_edited_setting_is_found_by_key_and_configuration(honest):
     tree = read(folder)
     tree["settings"]["train"]["lr"] = 0.3
     seal(folder, tree)
-    problems = found(honest)
-    one(problems, "settings.train.lr: recorded 0.3, config.train.lr is 0.003")
-    one(problems, f"{folder}/record.json: training_key", "a setting was edited")
-    one(problems, f"{folder}: folder", "the folder is named by its key")
+    problems = problems_of(honest)
+    only_problem(problems, "settings.train.lr: recorded 0.3, config.train.lr is 0.003")
+    only_problem(problems, f"{folder}/record.json: training_key", "a setting was edited")
+    only_problem(problems, f"{folder}: folder", "the folder is named by its key")
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         (lambda tree: tree.update(protocol="test-selected"), "settings.protocol: recorded 'val', protocol is 'test-selected'"),
         (lambda tree: tree.update(attention_layer=4), "attention_layer: recorded 4, the settings guide layer"),
@@ -390,12 +390,12 @@ def test_an_edited_setting_is_found_by_key_and_configuration(honest):
         (lambda tree: tree["evaluation"].update(au_maps="official"), "evaluation.au_maps: recorded 'official'"),
     ],
 )
-def test_what_contradicts_the_settings_is_named(honest, change, told):
+def test_what_contradicts_the_settings_is_named(honest, change, expected):
     folder = cell(honest, "cam", 0)
     tree = read(folder)
     change(tree)
     seal(folder, tree)
-    one(found(folder), f"{folder}/record.json: {told}")
+    only_problem(problems_of(folder), f"{folder}/record.json: {expected}")
 
 
 def test_a_measure_without_its_column_is_named(honest):
@@ -403,7 +403,7 @@ def test_a_measure_without_its_column_is_named(honest):
     tree = read(folder)
     tree["evaluation"]["measures"] = ["ap"]
     seal(folder, tree)
-    one(found(folder), "samples.parquet: columns measure_", "measures were added or removed")
+    only_problem(problems_of(folder), "samples.parquet: columns measure_", "measures were added or removed")
 
 
 def test_nan_for_a_figure_is_named(honest):
@@ -411,9 +411,9 @@ def test_nan_for_a_figure_is_named(honest):
     tree = read(folder)
     tree["metrics"]["cam_cos"]["true"]["macro"] = math.nan
     seal(folder, tree)
-    problems = found(folder)
-    one(problems, "record.json: numbers: recorded NaN")
-    one(problems, "metrics.cam_cos.true.macro: recorded nan")
+    problems = problems_of(folder)
+    only_problem(problems, "record.json: numbers: recorded NaN")
+    only_problem(problems, "metrics.cam_cos.true.macro: recorded nan")
 
 
 def test_nan_among_the_logits_is_named(honest):
@@ -421,19 +421,19 @@ def test_nan_among_the_logits_is_named(honest):
     key = read_rows(folder / "samples.parquet").keys[5]
     edit_rows(folder, logits=lambda values: values[5].__setitem__(0, math.nan))
     seal(folder, read(folder))
-    one(found(folder), f"sample '{key}', column logits", "finite numbers is wanted")
+    only_problem(problems_of(folder), f"sample '{key}', column logits", "finite numbers is wanted")
 
 
 @pytest.mark.parametrize(
-    ("valid", "value", "told"), [(True, math.nan, "has an AU map"), (False, 0.9, "has no AU map"), (True, 1.5, "within -1 and 1")]
+    ("valid", "value", "expected"), [(True, math.nan, "has an AU map"), (False, 0.9, "has no AU map"), (True, 1.5, "within -1 and 1")]
 )
-def test_a_cosine_that_cannot_be_is_named(honest, valid, value, told):
+def test_a_cosine_that_cannot_be_is_named(honest, valid, value, expected):
     folder = cell(honest, "cam", 0)
     rows = read_rows(folder / "samples.parquet")
     place = int(np.flatnonzero(rows.au_valid == valid)[0])
     edit_rows(folder, map_cosine_true=lambda values: values.__setitem__(place, value))
     seal(folder, read(folder))
-    one(found(folder), f"sample '{rows.keys[place]}', column map_cosine_true", told)
+    only_problem(problems_of(folder), f"sample '{rows.keys[place]}', column map_cosine_true", expected)
 
 
 # --- with the weights
@@ -453,7 +453,7 @@ def test_the_weights_give_the_rows_again_and_the_records_are_stamped(honest, dat
     tree = read(folder)
     seal(folder, tree | {"finished": "2020-01-01T00:00:00+00:00"})
     assert not is_verified(folder)
-    one(found(honest), f"{folder}/VERIFIED.json: record_sha256", "the stamp is of another record")
+    only_problem(problems_of(honest), f"{folder}/VERIFIED.json: record_sha256", "the stamp is of another record")
 
 
 def test_a_forger_who_keeps_everything_consistent_is_found_by_the_weights_alone(honest, data_root, bench_here):
@@ -463,11 +463,11 @@ def test_a_forger_who_keeps_everything_consistent_is_found_by_the_weights_alone(
         wrong = int(np.flatnonzero(rows.predicted != rows.labels)[0])
         edit_rows(folder, logits=lambda values, rows=rows, wrong=wrong: values[wrong].__setitem__(int(rows.labels[wrong]), 9.0))
         forge(folder)
-    assert found(honest, data=data_root, strict=True) == []
+    assert problems_of(honest, data=data_root, strict=True) == []
     code, out = rerun(bench_here, honest, data_root, "--stamp")
     assert code == 1
-    told = [line for line in out.splitlines() if "column logits: recorded 9.0, its weights give" in line]
-    assert len(told) == 2
+    lines = [line for line in out.splitlines() if "column logits: recorded 9.0, its weights give" in line]
+    assert len(lines) == 2
     assert "2 records stamped" in out
     assert [folder.name[:5] for folder, _ in read_records(honest) if is_verified(folder)] == ["seed0", "seed0"]
 
@@ -496,7 +496,7 @@ def test_the_weights_need_not_give_the_cosine_of_a_tie(honest, data_root, bench_
 def test_a_weights_hash_forged_in_all_records_of_a_training_is_found_by_the_weights(honest, data_root, bench_here):
     for method in ("cam", "gradcam"):
         seal(cell(honest, method, 1), read(cell(honest, method, 1)) | {"weights_sha256": "ef" * 32})
-    assert found(honest) == []
+    assert problems_of(honest) == []
     code, out = rerun(bench_here, honest, data_root)
     assert (code, out.count("the weights are not those of the record")) == (1, 2)
 
@@ -508,7 +508,7 @@ def test_settings_forged_with_all_keys_have_no_weights_that_were_trained_so(hone
         tree["settings"]["train"]["lr"] = tree["config"]["train"]["lr"] = 0.001
         rekey(folder, tree)
         shutil.rmtree(folder)
-    assert found(honest) == []
+    assert problems_of(honest) == []
     code, out = rerun(bench_here, honest, data_root)
     assert (code, out.count("it cannot be evaluated again: FileNotFoundError")) == (1, 2)
 
@@ -522,9 +522,9 @@ def test_a_link_is_not_followed(honest, tmp_path):
     (folder / "samples.parquet").symlink_to(tmp_path / "elsewhere.parquet")
     shutil.move(cell(honest, "cam", 1), tmp_path / "cell")
     (folder.parent / "seed1").symlink_to(tmp_path / "cell")
-    problems = found(honest)
-    one(problems, f"{folder}/samples.parquet: file: recorded a file, it is a symbolic link")
-    one(problems, f"{folder.parent}/seed1: folder", "nothing in it was looked at")
+    problems = problems_of(honest)
+    only_problem(problems, f"{folder}/samples.parquet: file: recorded a file, it is a symbolic link")
+    only_problem(problems, f"{folder.parent}/seed1: folder", "nothing in it was looked at")
 
 
 def test_names_that_would_lead_out_of_the_results_folder_are_refused(honest):
@@ -532,13 +532,13 @@ def test_names_that_would_lead_out_of_the_results_folder_are_refused(honest):
     tree = read(folder)
     tree["cell"]["dataset"] = ".."
     seal(folder, tree)
-    one(found(honest), "cell: recorded '../mini/cam/none/", "it would lead out of the results folder")
+    only_problem(problems_of(honest), "cell: recorded '../mini/cam/none/", "it would lead out of the results folder")
 
 
 def test_rows_with_thousands_of_columns_are_not_unpacked(honest):
     folder = cell(honest, "cam", 0)
     pq.write_table(pa.table({f"c{n}": pa.nulls(3, pa.float32()) for n in range(3000)}), folder / "samples.parquet")
-    (problem,) = [text for text in found(folder) if "rows_sha256" not in text]
+    (problem,) = [text for text in problems_of(folder) if "rows_sha256" not in text]
     assert "column 'c0'" in problem
 
 
@@ -547,16 +547,16 @@ def test_keys_that_would_fill_the_memory_when_unpacked_are_refused(honest):
     table = pq.read_table(folder / "samples.parquet")
     bomb = pa.array(["x" * 5000] * 27)
     pq.write_table(table.set_column(table.schema.get_field_index("key"), "key", bomb), folder / "samples.parquet")
-    one(found(folder), "column key: recorded at most 4096 bytes, one has 5000")
+    only_problem(problems_of(folder), "column key: recorded at most 4096 bytes, one has 5000")
 
 
 def test_a_record_that_nests_without_end_or_is_none_is_reported(honest):
     deep, none = cell(honest, "cam", 0), cell(honest, "cam", 1)
     (deep / "record.json").write_text("[" * 100_000)
     (none / "record.json").write_bytes(b"\x80\x04.")
-    problems = found(honest)
+    problems = problems_of(honest)
     for folder in (deep, none):
-        one(problems, f"{folder}/record.json: schema", "it is not readable")
+        only_problem(problems, f"{folder}/record.json: schema", "it is not readable")
 
 
 def test_what_a_terminal_would_obey_is_shown_as_text(honest):
@@ -564,12 +564,12 @@ def test_what_a_terminal_would_obey_is_shown_as_text(honest):
     tree = read(folder)
     tree["cell"]["dataset"] = "\x1b[2J"
     seal(folder, tree)
-    assert not any("\x1b" in problem for problem in found(honest))
+    assert not any("\x1b" in problem for problem in problems_of(honest))
 
 
 def test_a_record_without_a_marker_is_reported(honest):
     (cell(honest, "cam", 0) / "DONE").unlink()
-    one(found(honest), "DONE: marker", "the tables leave it out")
+    only_problem(problems_of(honest), "DONE: marker", "the tables leave it out")
 
 
 # --- the command
@@ -584,13 +584,17 @@ def test_the_command_counts_and_ends_with_1_for_problems(honest, bench_here):
     assert done.returncode == 1
     assert "1 problems in 1 of 4 records" in done.stdout
     done = bench_here("verify", honest, "--json", cwd=honest.parent)
-    told = json.loads(done.stdout)
-    assert (done.returncode, told["records"], told["with_problems"]) == (1, 4, 1)
-    assert (told["problems"][0]["what"], told["problems"][0]["recorded"]) == ("metrics.cl.accuracy", "0.91")
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["records"], report["with_problems"]) == (1, 4, 1)
+    assert (report["problems"][0]["what"], report["problems"][0]["recorded"]) == ("metrics.cl.accuracy", "0.91")
 
 
 def test_the_command_ends_with_2_where_there_is_nothing_to_look_at(tmp_path, bench_here):
-    for arguments, told in (([tmp_path], "no record.json"), ([tmp_path / "no"], "there is nothing"), ([tmp_path, "--stamp"], "--rerun")):
+    for arguments, expected in (
+        ([tmp_path], "no record.json"),
+        ([tmp_path / "no"], "there is nothing"),
+        ([tmp_path, "--stamp"], "--rerun"),
+    ):
         done = bench_here("verify", *arguments, cwd=tmp_path)
         assert done.returncode == 2
-        assert told in done.stderr
+        assert expected in done.stderr

@@ -219,8 +219,8 @@ def test_a_file_with_the_whole_network_fills_its_features(tmp_path, name):
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         _, wanted = donor.forward_intermediates(images, norm=False)
-        found = backbone(images).layers[backbone.last]
-    torch.testing.assert_close(found, wanted[-1], rtol=1e-4, atol=1e-5)
+        last = backbone(images).layers[backbone.last]
+    torch.testing.assert_close(last, wanted[-1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_file_of_another_network_is_refused_by_name(tmp_path):
@@ -275,7 +275,7 @@ def test_timms_own_state_dict_fits_our_network(architecture, num_classes):
 @pytest.mark.slow
 def test_the_state_dicts_of_networks_all_over_timm_fit_ours():
     # Every 25th: all 1,371 of timm 1.0 take a quarter of an hour, and fitted when they were last tried.
-    assert {name: found for name in timm.list_models()[::25] if (found := misfits(name, num_classes=8))} == {}
+    assert {name: differences for name in timm.list_models()[::25] if (differences := misfits(name, num_classes=8))} == {}
 
 
 # Settings

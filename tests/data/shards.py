@@ -56,18 +56,18 @@ def describe(name: str, data: bytes, samples: Sequence[tuple[str, dict[str, byte
     """The index's entry of a shard, offsets found by tarfile."""
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         at = {info.name: (info.offset_data, info.size) for info in tar}
-    found = tuple(
+    members = tuple(
         Member(
             key,
-            int(members["cls"]),
+            int(files["cls"]),
             *at[f"{key}.jpg"],
             *at[f"{key}.cls"],
             *at[f"{key}.json"],
-            crc32=zlib.crc32(b"".join(members[suffix] for suffix in ("jpg", "cls", "json"))),
+            crc32=zlib.crc32(b"".join(files[suffix] for suffix in ("jpg", "cls", "json"))),
         )
-        for key, members in samples
+        for key, files in samples
     )
-    return Shard(name=name, samples=len(found), bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), members=found)
+    return Shard(name=name, samples=len(members), bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), members=members)
 
 
 def write_dataset(folder: Path, *, shard_sizes: Sequence[int], size: int = 16, split: str = "train", key: str = "{:08d}") -> Index:

@@ -77,8 +77,8 @@ def test_without_augmentation_a_training_picture_is_the_evaluation_picture():
 
 def test_without_augmentation_a_larger_stored_picture_is_close_to_the_evaluation_picture():
     raw = raw_batch(side=160)
-    own, other = augmented(raw, STILL, **IDENTITY).images, eval_images(raw.images, size=48, **IDENTITY)
-    assert (own - other).abs().mean() < 0.01
+    own, evaluated = augmented(raw, STILL, **IDENTITY).images, eval_images(raw.images, size=48, **IDENTITY)
+    assert (own - evaluated).abs().mean() < 0.01
 
 
 def test_without_augmentation_the_au_map_is_that_of_the_landmarks():

@@ -54,9 +54,9 @@ def member_of(folder, key=KEY):
     return next(m for m in load_index(folder).splits["train"].members if begins(m) == key)
 
 
-def begins(found):
+def begins(problem):
     """The position in the key of a member or a problem."""
-    return found.key and found.key[:8]
+    return problem.key and problem.key[:8]
 
 
 def change_index(folder, change):

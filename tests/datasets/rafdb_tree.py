@@ -100,16 +100,16 @@ def _draw(expression: str, rng: np.random.Generator) -> tuple[npt.NDArray[np.uin
     angle, scale = np.deg2rad(rng.uniform(-25, 25)), rng.uniform(0.9, 1.3)
     linear = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     place = np.array([width, height]) / 2 + rng.uniform(-10, 10, 2)
-    there = np.column_stack([linear, place - linear @ np.array([47.5, 47.5])])
+    matrix = np.column_stack([linear, place - linear @ np.array([47.5, 47.5])])
     # Pillow wants the way back, and counts from pixel corners.
     back = np.linalg.inv(linear)
-    shift = 0.5 - back @ (there[:, 2] + 0.5)
+    shift = 0.5 - back @ (matrix[:, 2] + 0.5)
     data = (*back[0], shift[0], *back[1], shift[1])
     square = Image.fromarray(face.image).convert("RGBA")
     turned = square.transform((width, height), Image.Transform.AFFINE, tuple(map(float, data)), Image.Resampling.BICUBIC)
     scene = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     scene.paste(turned, mask=turned.getchannel("A"))
-    return np.asarray(scene), carry_over(face.landmarks, there)
+    return np.asarray(scene), carry_over(face.landmarks, matrix)
 
 
 def write_folds(

@@ -632,14 +632,14 @@ def test_a_row_that_is_not_used_lends_nothing_to_the_one_that_is(csv_root):
     assert made.read(items[source]).extra == {"valence": 0.0, "arousal": 0.0}
 
 
-@pytest.mark.parametrize("other", ["4", "8"])
-def test_a_picture_listed_with_different_labels_is_not_used_at_all(csv_root, other):
-    source, last = duplicate(csv_root, other)
+@pytest.mark.parametrize("second_label", ["4", "8"])
+def test_a_picture_listed_with_different_labels_is_not_used_at_all(csv_root, second_label):
+    source, last = duplicate(csv_root, second_label)
     items, made = listed(csv_root)
     assert source not in items
     assert [line.reason for line in made.rejected()] == [
-        f"training.csv: line 2 says 3, but the lines about it differ: 3, {other}",
-        f"training.csv: line {last} says {other}, but the lines about it differ: 3, {other}",
+        f"training.csv: line 2 says 3, but the lines about it differ: 3, {second_label}",
+        f"training.csv: line {last} says {second_label}, but the lines about it differ: 3, {second_label}",
     ]
 
 
@@ -846,8 +846,8 @@ def test_a_malformed_landmark_row_of_the_folds_makes_a_bad_picture(npy, pristine
     folds = write_folds(tmp_path / "folds", pristine["npy"][1])
     path = folds / "train" / "landmarks.txt"
     first, _, rest = path.read_text().partition("\n")
-    name, _, *others = first.split(",")
-    path.write_text("\n".join([",".join([name, "inf", *others]), rest]))
+    name, _, *cells = first.split(",")
+    path.write_text("\n".join([",".join([name, "inf", *cells]), rest]))
     assert "only some coordinates are finite" in bad(dataset(npy, folds=str(folds)), name)
 
 
@@ -904,9 +904,9 @@ def test_workers_change_no_byte(pristine, tmp_path, layout, monkeypatch):
     for workers in (1, 2):
         out = tmp_path / str(workers)
         prepare("affectnet", name="a", options={"size": 32}, raw=pristine[layout][0], out=out, workers=workers, allow_partial=True)
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / str(workers)).iterdir()} for workers in (1, 2))
-    assert len(one) == 3 + 1 + 2 + 2
-    assert one == two
+    single, double = ({path.name: path.read_bytes() for path in (tmp_path / str(workers)).iterdir()} for workers in (1, 2))
+    assert len(single) == 3 + 1 + 2 + 2
+    assert single == double
 
 
 def test_the_published_numbers_are_demanded_unless_partial_is_allowed(pristine, tmp_path):
@@ -921,11 +921,11 @@ def test_every_bad_line_and_picture_ends_up_in_the_index(csv_root, tmp_path):
     (csv_root / cut).write_bytes((csv_root / cut).read_bytes()[:300])
     edit_rows(csv_root, lambda lines: [*lines, "../x.jpg,1,1,1,1,1,1,0,0", "hello"])
     index = prepare("affectnet8", name="a8", options={"size": 64}, raw=csv_root, out=tmp_path / "out", workers=1, allow_partial=True)
-    found = {picture.source: picture.reason for picture in index.bad_pictures}
-    assert found["training.csv: line 40"] == "'../x.jpg': a path with '..'; only paths inside the download are read"
-    assert found["training.csv: line 41"] == "1 cells, 9 are needed; a path with a comma must be in quotes"
-    assert "damaged" in found[cut]
-    assert len(found) == 3
+    reasons = {picture.source: picture.reason for picture in index.bad_pictures}
+    assert reasons["training.csv: line 40"] == "'../x.jpg': a path with '..'; only paths inside the download are read"
+    assert reasons["training.csv: line 41"] == "1 cells, 9 are needed; a path with a comma must be in quotes"
+    assert "damaged" in reasons[cut]
+    assert len(reasons) == 3
     assert index.classes[7] == "contempt"
     assert verify(tmp_path / "out", deep=True) == []
 

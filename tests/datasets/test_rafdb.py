@@ -106,8 +106,8 @@ def test_a_run_on_rafdb_takes_that_weight_unless_told_otherwise(tmp_path, monkey
     samples = {"train": 4096, "val": 10, "test": 10}
     refs = {name: DatasetRef(name=name, entry=name, fingerprint="f", samples=samples) for name in ("rafdb", "folder")}
 
-    def weights(**told):
-        flags = {"run.methods": ["cam"], "run.guidance": ["au"], "run.datasets": ["rafdb", "folder"], **told}
+    def weights(**flags):
+        flags = {"run.methods": ["cam"], "run.guidance": ["au"], "run.datasets": ["rafdb", "folder"], **flags}
         cells = build_matrix(load_settings(environ={}, flags=flags), refs).cells
         return {cell.training.dataset.name: cell.training.settings["guidance"]["weight"] for cell in cells}
 
@@ -208,9 +208,9 @@ def test_the_full_list_is_accepted_without_opening_a_picture(tmp_path, monkeypat
 def test_a_line_that_cannot_be_used_is_reported_and_the_others_stay(raw, line, source, reason):
     append(raw, line)
     dataset = rafdb(raw)
-    (found,) = rejected(dataset).items()
-    assert found[0] == source
-    assert re.search(reason, found[1])
+    (rejection,) = rejected(dataset).items()
+    assert rejection[0] == source
+    assert re.search(reason, rejection[1])
     assert len(listed(dataset)) == 21
 
 
@@ -222,17 +222,17 @@ def test_a_picture_listed_again_counts_once(raw):
     assert len(listed(dataset)) == 21
 
 
-@pytest.mark.parametrize("other", [1, 9])
-def test_a_picture_listed_with_different_labels_is_not_used_at_all(raw, other):
+@pytest.mark.parametrize("second_label", [1, 9])
+def test_a_picture_listed_with_different_labels_is_not_used_at_all(raw, second_label):
     name, label = (raw / LIST).read_text().splitlines()[0].split()
-    other = other if str(other) != label else 2
-    append(raw, f"{name} {other}")
+    second_label = second_label if str(second_label) != label else 2
+    append(raw, f"{name} {second_label}")
     dataset = rafdb(raw)
     assert name not in " ".join(listed(dataset))
     lines = [line for line in dataset.rejected() if line.source == name]
     assert len(lines) == 2
     assert {line.split for line in lines} == {"train"}
-    assert all(line.reason == f"listed with different labels: {', '.join(sorted([label, str(other)]))}" for line in lines)
+    assert all(line.reason == f"listed with different labels: {', '.join(sorted([label, str(second_label)]))}" for line in lines)
 
 
 @pytest.mark.parametrize("name", ["train_a b.jpg", "train_a,b.jpg", "train_1.2.3.jpg", "train_Zoë Müller 幸.jpg", "train_ 5.jpg"])
@@ -272,8 +272,8 @@ def test_pictures_that_are_not_listed_are_noted(raw):
 
 def test_a_missing_annotation_is_reported_before_anything_is_read(raw):
     (raw / MANUAL / "train_00003_manu_attri.txt").unlink()
-    found = rejected(rafdb(raw))
-    assert found == {f"{PICTURES}/train_00003.jpg": "no five points: Annotation/manual/train_00003_manu_attri.txt is missing"}
+    reasons = rejected(rafdb(raw))
+    assert reasons == {f"{PICTURES}/train_00003.jpg": "no five points: Annotation/manual/train_00003_manu_attri.txt is missing"}
 
 
 # reading
@@ -288,12 +288,12 @@ def test_the_five_points_land_on_the_template(raw):
     image = sum(255 * np.clip(8.5 - np.hypot(x - px, y - py), 0, 1) for px, py in points)
     Image.fromarray(image.round().astype(np.uint8)).save(raw / FIRST.source, quality=98)
     annotate(raw, points)
-    found = rafdb(raw).read(FIRST).image[..., 0].astype(float)
-    found[found < 20] = 0  # what JPEG leaves on black
+    grey = rafdb(raw).read(FIRST).image[..., 0].astype(float)
+    grey[grey < 20] = 0  # what JPEG leaves on black
     for px, py in template_points(256):
         window = (slice(round(py) - 12, round(py) + 13), slice(round(px) - 12, round(px) + 13))
         y, x = np.mgrid[window]
-        mass = found[window]
+        mass = grey[window]
         assert abs((x * mass).sum() / mass.sum() - px) < 0.1
         assert abs((y * mass).sum() / mass.sum() - py) < 0.1
 
@@ -309,8 +309,8 @@ def test_drawn_faces_are_aligned_by_their_annotation(shared):
     for point in tree["train_00001.jpg"].points[:2]:
         x, y = point.round().astype(int)
         u, v = carry_over(np.array([[x, y]]), matrix)[0].round().astype(int)
-        there, here = original[y - 2 : y + 3, x - 2 : x + 3], face.image[v - 2 : v + 3, u - 2 : u + 3]
-        assert np.abs(there.mean(axis=(0, 1)) - here.mean(axis=(0, 1))).max() < 30
+        before, after = original[y - 2 : y + 3, x - 2 : x + 3], face.image[v - 2 : v + 3, u - 2 : u + 3]
+        assert np.abs(before.mean(axis=(0, 1)) - after.mean(axis=(0, 1))).max() < 30
 
 
 def test_the_box_of_an_aligned_face_holds_its_landmarks(shared):

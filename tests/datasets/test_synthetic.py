@@ -280,8 +280,8 @@ def test_evidence_of_every_expression_is_inside_its_au_map():
             rest, _ = portrait({}, seed=k, size=224, view=view)
             moved, landmarks = portrait(units, seed=k, size=224, view=view)
             energy = ((moved.astype(float) - rest) ** 2).sum(axis=2)
-            found = maps.action_unit_maps(torch.from_numpy(landmarks[None]).float(), torch.tensor([label]), frame=224, size=224)
-            marked = found.maps[0].numpy() > 0.1
+            drawn = maps.action_unit_maps(torch.from_numpy(landmarks[None]).float(), torch.tensor([label]), frame=224, size=224)
+            marked = drawn.maps[0].numpy() > 0.1
             inside.append(energy[marked].sum() / energy.sum())
             area.append(marked.mean())
         assert np.mean(inside) > 0.7

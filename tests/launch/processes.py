@@ -58,15 +58,15 @@ def wait_for_step(results: Path, step: int, *processes, seconds=300) -> None:
 
 def children(pid: int) -> list[int]:
     """Process ids of the children."""
-    found = []
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text(errors="replace").rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[1]) == pid and fields[0] not in "ZX":
-            found.append(int(stat.parent.name))
-    return sorted(found)
+            pids.append(int(stat.parent.name))
+    return sorted(pids)
 
 
 def single(results: Path):
@@ -75,9 +75,9 @@ def single(results: Path):
     return record, read_cell_rows(cell)
 
 
-def same_result(one: Path, other: Path) -> None:
+def same_result(first: Path, second: Path) -> None:
     """Both hold the same record, up to times, hosts and the number of processes."""
-    (a, _), (b, _) = single(one), single(other)
+    (a, _), (b, _) = single(first), single(second)
     assert (a.key, a.weights_sha256, a.rows_sha256, a.metrics, a.epochs) == (b.key, b.weights_sha256, b.rows_sha256, b.metrics, b.epochs)
-    left = [path for path in other.rglob("*") if path.name.startswith(".") or (path.parent.name in ("leases", "failures") and path.suffix)]
+    left = [path for path in second.rglob("*") if path.name.startswith(".") or (path.parent.name in ("leases", "failures") and path.suffix)]
     assert not left, "something half-done remains"

@@ -55,7 +55,7 @@ def test_the_job_starts_without_the_working_directory_on_the_import_path():
 
 
 @pytest.mark.parametrize(
-    ("assignment", "told"),
+    ("assignment", "message"),
     [
         ("slurm.partiton=gpu", "Did you mean 'partition'"),
         ("slurm.extra.nodes=3", "is set by --nnodes"),
@@ -64,20 +64,20 @@ def test_the_job_starts_without_the_working_directory_on_the_import_path():
         ("slurm.cluster=pbs", "slurm.cluster = 'pbs'"),
     ],
 )
-def test_a_wrong_setting_is_refused_with_its_name(assignment, told):
-    with pytest.raises(ConfigError, match=told):
+def test_a_wrong_setting_is_refused_with_its_name(assignment, message):
+    with pytest.raises(ConfigError, match=message):
         load_settings(sets=[assignment], environ={})
 
 
 @pytest.mark.parametrize(
-    ("sets", "nodes", "processes", "told"),
+    ("sets", "nodes", "processes", "message"),
     [
         (["slurm.gpus_per_node=2"], 1, 4, "use --nproc 2"),
         (["slurm.cluster=local"], 2, 1, "--nnodes 2 needs a cluster"),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused(sets, nodes, processes, told):
-    with pytest.raises(ConfigError, match=told):
+def test_a_shape_that_cannot_be_is_refused(sets, nodes, processes, message):
+    with pytest.raises(ConfigError, match=message):
         slurm.job_shape(load_settings(sets=sets, environ={}), nodes=nodes, processes=processes, device="auto")
 
 
@@ -147,7 +147,7 @@ def test_the_dry_run_shows_the_submission_and_makes_nothing(project, bench_here)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ([], "no sbatch, srun, scontrol here"),
         (["--procs-per-training", "1"], "--procs-per-training has no meaning"),
@@ -155,11 +155,11 @@ def test_the_dry_run_shows_the_submission_and_makes_nothing(project, bench_here)
         (["--nproc", "5"], "nearest that do are 10 or 15"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_made(words, told, project, bench_here, monkeypatch):
+def test_what_cannot_be_is_refused_before_anything_is_made(words, message, project, bench_here, monkeypatch):
     monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
     done = bench_here("run", "--launcher", "slurm", *words, cwd=project)
     assert done.returncode == 2
-    assert told in done.stderr
+    assert message in done.stderr
     assert not (project / "results").exists()
 
 
@@ -195,7 +195,7 @@ def cluster(tmp_path, monkeypatch):
 
     def states(**by_number):
         submitit.SlurmJob.watcher.clear()
-        rows = [f"{number.removeprefix('n')}|{told}|node1" for number, told in by_number.items()]
+        rows = [f"{number.removeprefix('n')}|{value}|node1" for number, value in by_number.items()]
         (state / "states").write_text("\n".join(["JobID|State|NodeList", *rows]) + "\n")
 
     states()

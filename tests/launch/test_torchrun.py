@@ -58,14 +58,14 @@ def test_an_endpoint_is_hosted_where_its_address_is():
 
 
 def test_a_report_tells_once_a_node(tmp_path, monkeypatch):
-    told = Report(status=1, failed={"cell": "why"}, message="m", rank=2)
+    report = Report(status=1, failed={"cell": "why"}, message="m", rank=2)
     monkeypatch.setenv(REPORT, str(tmp_path / "report.json"))
     monkeypatch.setenv("LOCAL_RANK", "1")
-    deliver(told)
+    deliver(report)
     assert read_report(tmp_path / "report.json") is None
     monkeypatch.setenv("LOCAL_RANK", "0")
-    deliver(told)
-    assert read_report(tmp_path / "report.json") == told
+    deliver(report)
+    assert read_report(tmp_path / "report.json") == report
 
 
 def test_processes_share_the_cores_unless_the_user_has_said():
@@ -76,10 +76,10 @@ def test_processes_share_the_cores_unless_the_user_has_said():
 
 @pytest.mark.dist
 def test_two_processes_of_torchrun_leave_the_record_of_one(project, run_bench):
-    one = run_bench(*processes.RUN[4:], "--launcher", "inline", "--results", "one", cwd=project)
-    two = run_bench(*processes.RUN[4:], *TWO, "--results", "two", cwd=project)
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
-    assert "1 cells done, 0 were done before, 0 failed; 1 trainings" in two.stdout
+    single = run_bench(*processes.RUN[4:], "--launcher", "inline", "--results", "one", cwd=project)
+    double = run_bench(*processes.RUN[4:], *TWO, "--results", "two", cwd=project)
+    assert (single.returncode, double.returncode) == (0, 0), single.stderr + double.stderr
+    assert "1 cells done, 0 were done before, 0 failed; 1 trainings" in double.stdout
     (a, rows_a), (b, rows_b) = processes.single(project / "one"), processes.single(project / "two")
     assert (a.key, a.data, a.settings, a.seeds) == (b.key, b.data, b.settings, b.seeds)
     assert b.hardware["processes"] == 2

@@ -126,8 +126,8 @@ def golden_output(large_maps):
     names = {"backbone.net.": "encoder/", "head.": "classification_head/fc."}
 
     def published(name):
-        ours, theirs = next((a, b) for a, b in names.items() if name.startswith(a))
-        return name.replace(ours, theirs)
+        own, published_name = next((a, b) for a, b in names.items() if name.startswith(a))
+        return name.replace(own, published_name)
 
     fill(classifier, published, gain=float(golden["gain"]))
     classifier.eval()

@@ -186,8 +186,8 @@ def test_the_logits_do_not_depend_on_labels():
     classifier.eval()
     images = pictures("tiny", count=2, size=32)
     with torch.inference_mode():
-        plain, told = classifier(images), classifier(images, torch.tensor([1, 2]))
-    assert torch.equal(plain.logits, told.logits)
+        plain, labelled = classifier(images), classifier(images, torch.tensor([1, 2]))
+    assert torch.equal(plain.logits, labelled.logits)
     assert LOGITS_B not in plain.extras
 
 

@@ -44,6 +44,6 @@ def test_map_is_the_gradient_of_the_logit_times_the_activations(seed, channels, 
     classifier = posthoc.tiny(seed, channels=channels, classes=classes, rectified=rectified)
     images, labels = posthoc.draw(seed, count=count, classes=classes)
     maps = posthoc.read(posthoc.method("cam"), classifier, images, labels)
-    for image, label, found in zip(images, labels, maps, strict=True):
-        expected = posthoc.cam(*posthoc.pull(classifier, image, label)) * found.numel()  # the gradient is W / (h w)
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    for image, label, actual in zip(images, labels, maps, strict=True):
+        expected = posthoc.cam(*posthoc.pull(classifier, image, label)) * actual.numel()  # the gradient is W / (h w)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)

@@ -108,7 +108,7 @@ SIZES = [56, 224]  # maps of 7 x 7 and 28 x 28
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
-    ("name", "theirs", "formula"),
+    ("name", "peer", "formula"),
     [
         ("cam", "CAM", posthoc.cam),
         ("gradcam", "GradCAM", posthoc.gradcam),
@@ -116,23 +116,23 @@ SIZES = [56, 224]  # maps of 7 x 7 and 28 x 28
         ("xgradcam", "XGradCAM", posthoc.xgradcam),
     ],
 )
-def test_torchcam_agrees(name, theirs, formula, size):
+def test_torchcam_agrees(name, peer, formula, size):
     options = {"fc_layer": "classifier.head"} if name == "cam" else {}
-    assert apart(torchcam(theirs, size, **options), ours(name, size)) < AGREE
+    assert apart(torchcam(peer, size, **options), ours(name, size)) < AGREE
     assert apart(ours(name, size), truth(formula, size)) < AGREE
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
-    ("name", "theirs", "formula"),
+    ("name", "peer", "formula"),
     [
         ("gradcam", "GradCAM", posthoc.gradcam),
         ("layercam", "LayerCAM", posthoc.layercam),
         ("xgradcam", "XGradCAM", posthoc.xgradcam),
     ],
 )
-def test_grad_cam_agrees(name, theirs, formula, size):
-    assert apart(grad_cam(theirs, size), grown(ours(name, size), size)) < 2e-3  # its epsilons, 1e-7 against maps of 1e-4
+def test_grad_cam_agrees(name, peer, formula, size):
+    assert apart(grad_cam(peer, size), grown(ours(name, size), size)) < 2e-3  # its epsilons, 1e-7 against maps of 1e-4
     assert apart(ours(name, size), truth(formula, size)) < AGREE
 
 
@@ -151,10 +151,10 @@ def test_grad_cam_agrees_on_hirescam_up_to_a_relu_that_the_paper_does_not_have(s
 def test_grad_cam_agrees_on_eigencam_up_to_its_arbitrary_sign():
     classifier, images, labels = network(56)
     raw = posthoc.read(posthoc.method("eigencam", centre=True), classifier, images, labels)
-    theirs = grad_cam("EigenCAM", 56)
+    peer = grad_cam("EigenCAM", 56)
     either = [grown(min_max(m.relu()), 56) for m in (raw, -raw)]
     for sample in range(3):
-        assert min(apart(theirs[sample], e[sample]) for e in either) < 2e-3
+        assert min(apart(peer[sample], e[sample]) for e in either) < 2e-3
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -214,11 +214,11 @@ def test_grad_cam_agrees_on_scorecam(fine_scorecam):
 @pytest.mark.parametrize("size", SIZES)
 def test_torchcam_gradcampp_lacks_the_division_and_ours_does_not(size):
     """alpha[mask].div_() divides a copy: the weights are ReLU(g)^3, as in the published FER code."""
-    theirs = torchcam("GradCAMpp", size)
-    assert apart(theirs, truth(posthoc.gradcampp, size)) > WRONG
-    assert apart(theirs, truth(posthoc.gradcampp_official, size)) < AGREE
+    peer = torchcam("GradCAMpp", size)
+    assert apart(peer, truth(posthoc.gradcampp, size)) > WRONG
+    assert apart(peer, truth(posthoc.gradcampp_official, size)) < AGREE
     assert apart(ours("gradcampp", size), truth(posthoc.gradcampp, size)) < AGREE
-    assert apart(ours("gradcampp", size, "official"), theirs) < AGREE
+    assert apart(ours("gradcampp", size, "official"), peer) < AGREE
 
 
 def test_torchcam_scaling_does_not_reach_one_on_small_values_and_ours_does():
@@ -234,17 +234,17 @@ def test_torchcam_scaling_does_not_reach_one_on_small_values_and_ours_does():
 
 def test_grad_cam_gradcampp_is_swamped_by_its_epsilon_on_large_maps_and_ours_is_not():
     """1e-6 beside 2 g^2 of about 1e-9: alpha is g^2 times a constant, the weights are the cubic ones again."""
-    theirs = grad_cam("GradCAMPlusPlus", 224)
+    peer = grad_cam("GradCAMPlusPlus", 224)
     right, cubic = (grown(truth(formula, 224), 224) for formula in (posthoc.gradcampp, posthoc.gradcampp_official))
-    assert apart(theirs, right) > WRONG
-    assert apart(theirs, cubic) < 5e-3
+    assert apart(peer, right) > WRONG
+    assert apart(peer, cubic) < 5e-3
     assert apart(grown(ours("gradcampp", 224), 224), right) < AGREE
 
 
 def test_torchcam_smoothgradcampp_is_not_gradcampp_and_its_own_formula_is():
     """Averages of derivatives that noise cannot change: only its epsilon keeps the map from being that of Grad-CAM++."""
-    theirs = torchcam("SmoothGradCAMpp", 224)
-    assert apart(theirs, truth(posthoc.gradcampp, 224)) > WRONG
+    peer = torchcam("SmoothGradCAMpp", 224)
+    assert apart(peer, truth(posthoc.gradcampp, 224)) > WRONG
     assert apart(ours("smoothgradcampp", 224, noise=0), truth(posthoc.gradcampp, 224)) < AGREE
 
 

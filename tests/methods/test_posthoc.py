@@ -25,8 +25,8 @@ def case(net, **more):
     return classifier, *posthoc.draw(net["seed"], count=net["count"], classes=net["classes"])
 
 
-def same(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+def same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 FORMULAS = [
@@ -47,8 +47,8 @@ FORMULAS = [
 def test_closed_form_is_autograd(name, variant, formula, net):
     classifier, images, labels = case(net)
     maps = posthoc.read(posthoc.method(name, variant), classifier, images, labels)
-    for image, label, found in zip(images, labels, maps, strict=True):
-        same(found, formula(*posthoc.pull(classifier, image, label)))
+    for image, label, actual in zip(images, labels, maps, strict=True):
+        same(actual, formula(*posthoc.pull(classifier, image, label)))
 
 
 @pytest.mark.parametrize(("name", "formula"), [("gradcam", posthoc.gradcam), ("layercam", posthoc.layercam), ("hirescam", posthoc.cam)])
@@ -57,8 +57,8 @@ def test_closed_form_is_autograd(name, variant, formula, net):
 def test_closed_form_is_autograd_without_a_last_relu(name, formula, net):
     classifier, images, labels = case(net, rectified=False)
     maps = posthoc.read(posthoc.method(name), classifier, images, labels)
-    for image, label, found in zip(images, labels, maps, strict=True):
-        same(found, formula(*posthoc.pull(classifier, image, label)))
+    for image, label, actual in zip(images, labels, maps, strict=True):
+        same(actual, formula(*posthoc.pull(classifier, image, label)))
 
 
 @checked
@@ -67,7 +67,7 @@ def test_ablationcam_is_the_drop_of_the_logit_when_each_channel_is_zeroed(net):
     classifier, images, labels = case(net)
     maps = posthoc.read(posthoc.method("ablationcam"), classifier, images, labels)
     with torch.no_grad():
-        for image, label, found in zip(images, labels, maps, strict=True):
+        for image, label, actual in zip(images, labels, maps, strict=True):
             whole = classifier(image[None])
             logit, last = whole.logits[0, label], whole.layers[4][0]
             expected = torch.zeros_like(last[0])
@@ -81,7 +81,7 @@ def test_ablationcam_is_the_drop_of_the_logit_when_each_channel_is_zeroed(net):
                 without = classifier(image[None]).logits[0, label]
                 handle.remove()
                 expected += (logit - without) / logit * last[k]
-            same(found, expected.relu())
+            same(actual, expected.relu())
 
 
 def test_ablationcam_of_a_logit_of_zero_is_zero():
@@ -97,14 +97,14 @@ def test_ablationcam_of_a_logit_of_zero_is_zero():
 def test_finercam_is_gradcam_of_the_logit_minus_those_nearest_to_it(net, gamma, references):
     classifier, images, labels = case(net)
     maps = posthoc.read(posthoc.method("finercam", gamma=gamma, references=references), classifier, images, labels)
-    for image, label, found in zip(images, labels, maps, strict=True):
+    for image, label, actual in zip(images, labels, maps, strict=True):
 
         def score(logits, label=label):
-            others = [c for c in range(net["classes"]) if c != label]
-            nearest = sorted(others, key=lambda c: abs((logits[c] - logits[label]).item()))[:references]
+            rivals = [c for c in range(net["classes"]) if c != label]
+            nearest = sorted(rivals, key=lambda c: abs((logits[c] - logits[label]).item()))[:references]
             return logits[label] - gamma * sum(logits[c] for c in nearest) / len(nearest)
 
-        same(found, posthoc.gradcam(*posthoc.pull(classifier, image, label, score=score)))
+        same(actual, posthoc.gradcam(*posthoc.pull(classifier, image, label, score=score)))
 
 
 @checked
@@ -125,7 +125,7 @@ def test_eigencam_is_the_first_singular_vector_with_the_sign_of_the_mean_activat
         classifier = posthoc.tiny(net["seed"], channels=channels, classes=net["classes"], rectified=rectified)
         images, labels = posthoc.draw(net["seed"], count=net["count"], classes=net["classes"])
         maps = posthoc.read(posthoc.method("eigencam", centre=centre), classifier, images, labels)
-        for image, found in zip(images, maps, strict=True):
+        for image, actual in zip(images, maps, strict=True):
             activations = classifier(image[None]).layers[4][0].detach().flatten(1).T  # pixels x channels
             mean = activations.mean(dim=1)
             if centre:
@@ -137,7 +137,7 @@ def test_eigencam_is_the_first_singular_vector_with_the_sign_of_the_mean_activat
             correlation = ((expected - expected.mean()) * (mean - mean.mean())).sum()
             if correlation.abs() < 1e-9:
                 continue  # neither is its sign
-            torch.testing.assert_close(found.flatten(), expected * correlation.sign(), rtol=1e-7, atol=1e-7)
+            torch.testing.assert_close(actual.flatten(), expected * correlation.sign(), rtol=1e-7, atol=1e-7)
 
 
 def test_eigencam_of_a_sample_with_nan_leaves_the_others_alone():
@@ -170,7 +170,7 @@ def test_scorecam_weighs_channels_by_the_logit_of_the_masked_picture(weights, ke
     maps = posthoc.read(method, classifier, images, labels)
     with torch.no_grad():
         baseline = classifier(torch.zeros(1, 3, 12, 12, dtype=torch.float64)).logits[0]
-        for image, label, found in zip(images, labels, maps, strict=True):
+        for image, label, actual in zip(images, labels, maps, strict=True):
             last = classifier(image[None]).layers[4][0]
             chosen = sorted(range(len(last)), key=lambda k: -float(((last[k] - last[k].mean()) ** 2).mean()))[:kept]
             increases = []
@@ -181,7 +181,7 @@ def test_scorecam_weighs_channels_by_the_logit_of_the_masked_picture(weights, ke
                 increases.append(classifier((image * mask)[None]).logits[0, label] - baseline[label])
             score = torch.stack(increases)
             score = score.exp() / score.exp().sum() if weights == "softmax" else score
-            same(found, sum(w * last[k] for w, k in zip(score, chosen, strict=True)).relu())
+            same(actual, sum(w * last[k] for w, k in zip(score, chosen, strict=True)).relu())
 
 
 def test_scorecam_asks_the_network_once_for_true_and_predicted_classes():
@@ -204,14 +204,14 @@ def test_scorecam_asks_the_network_once_for_true_and_predicted_classes():
 def test_smoothgradcampp_is_the_mean_of_gradcampp_over_noisy_copies(net, samples, noise):
     classifier, images, labels = case(net)
     maps = posthoc.read(posthoc.method("smoothgradcampp", samples=samples, noise=noise, seed=7), classifier, images, labels)
-    for image, label, found in zip(images, labels, maps, strict=True):
+    for image, label, actual in zip(images, labels, maps, strict=True):
         generator = torch.Generator().manual_seed(7)
-        expected = torch.zeros_like(found)
+        expected = torch.zeros_like(actual)
         for _ in range(samples):
             sigma = noise * (image.max() - image.min())
             noisy = image + sigma * torch.randn(3, 12, 12, generator=generator).double()
             expected += min_max(posthoc.gradcampp(*posthoc.pull(classifier, noisy, label))) / samples
-        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-9)
 
 
 @settings(max_examples=8)
@@ -242,10 +242,10 @@ def test_smoothgradcampp_without_noise_is_gradcampp():
 def test_layercam_fuses_layers_as_the_paper_says(layers, net):
     classifier, images, labels = case(net)
     maps = posthoc.read(posthoc.method("layercam", layers=layers), classifier, images, labels)
-    for image, label, found in zip(images, labels, maps, strict=True):
+    for image, label, actual in zip(images, labels, maps, strict=True):
         single = {layer: posthoc.layercam(*posthoc.pull(classifier, image, label, layer)) for layer in layers}
         if len(layers) == 1:
-            same(found, single[layers[0]])
+            same(actual, single[layers[0]])
             continue
         size = max(len(m) for m in single.values())
         expected = torch.zeros(size, size, dtype=torch.float64)
@@ -254,7 +254,7 @@ def test_layercam_fuses_layers_as_the_paper_says(layers, net):
             if layer <= 2:
                 scaled = torch.tanh(2 * scaled)
             expected = torch.maximum(expected, F.interpolate(scaled[None, None], size=(size, size), mode="bilinear")[0, 0])
-        same(found, expected)
+        same(actual, expected)
 
 
 def test_layercam_of_an_earlier_layer_of_a_network_with_channels_last_is_that_of_its_own_tensors():
@@ -285,9 +285,9 @@ def test_layercam_of_an_unknown_layer_says_which_there_are():
 )
 def test_gradcampp_weights_are_finite_and_at_most_half_of_the_heads_whatever_the_activations(weights, level):
     heads = torch.tensor([weights], dtype=torch.float64)
-    found = channel_weights(heads, torch.full((1, len(weights), 3, 3), level, dtype=torch.float64))
-    assert (found >= 0).all()
-    assert (found <= heads.relu() / 2).all()
+    actual = channel_weights(heads, torch.full((1, len(weights), 3, 3), level, dtype=torch.float64))
+    assert (actual >= 0).all()
+    assert (actual <= heads.relu() / 2).all()
 
 
 @pytest.mark.parametrize("variant", ["paper", "official"])
@@ -300,8 +300,8 @@ def test_gradcampp_does_not_underflow_with_small_weights(variant, scale):
     labels = torch.tensor([0, 1])
     with torch.no_grad():
         classifier.head.weight.mul_(scale)
-    found = min_max(posthoc.read(posthoc.method("gradcampp", variant), classifier, images, labels))
+    actual = min_max(posthoc.read(posthoc.method("gradcampp", variant), classifier, images, labels))
     exact = min_max(posthoc.read(posthoc.method("gradcampp", variant), classifier.double(), images.double(), labels))
-    assert found.shape[1:] == (28, 28)
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
-    assert found.amax() == 1
+    assert actual.shape[1:] == (28, 28)
+    torch.testing.assert_close(actual.double(), exact, rtol=0, atol=1e-5)
+    assert actual.amax() == 1

@@ -42,12 +42,12 @@ def _read(method, classifier, images, classes):
 def _slow_peaks(plane, window):
     height, width = plane.shape
     reach = window // 2
-    found = np.zeros(plane.shape, dtype=bool)
+    peaks = np.zeros(plane.shape, dtype=bool)
     for i in range(height):
         for j in range(width):
             around = plane[max(0, i - reach) : i + reach + 1, max(0, j - reach) : j + reach + 1]
-            found[i, j] = plane[i, j] == around.max()
-    return found
+            peaks[i, j] = plane[i, j] == around.max()
+    return peaks
 
 
 def _steps(shape, height, seed):
@@ -60,10 +60,10 @@ MAPS = st.builds(_steps, hnp.array_shapes(min_dims=4, max_dims=4, max_side=6), s
 
 @given(values=MAPS, window=st.sampled_from([1, 3, 5]))
 def test_peaks_are_the_local_maxima(values, window):
-    found = find_peaks(torch.from_numpy(values), window=window).numpy()
+    peaks = find_peaks(torch.from_numpy(values), window=window).numpy()
     for sample in range(values.shape[0]):
         for channel in range(values.shape[1]):
-            np.testing.assert_array_equal(found[sample, channel], _slow_peaks(values[sample, channel], window))
+            np.testing.assert_array_equal(peaks[sample, channel], _slow_peaks(values[sample, channel], window))
 
 
 @given(values=MAPS)

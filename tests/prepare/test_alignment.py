@@ -42,8 +42,8 @@ def test_an_exact_similarity_is_found_exactly(scale, degrees):
 def test_of_noisy_points_the_least_squares_solution_is_found(seed):
     source, target = random_points(seed, 7), random_points(seed + 100, 7)
     # x' = a x - b y + c, y' = b x + a y + d, solved by numpy.
-    x, y, one, zero = *source.T, np.ones(7), np.zeros(7)
-    design = np.concatenate([np.stack([x, -y, one, zero], 1), np.stack([y, x, zero, one], 1)])
+    x, y, ones, zero = *source.T, np.ones(7), np.zeros(7)
+    design = np.concatenate([np.stack([x, -y, ones, zero], 1), np.stack([y, x, zero, ones], 1)])
     (a, b, c, d), *_ = np.linalg.lstsq(design, target.T.ravel(), rcond=None)
     np.testing.assert_allclose(similarity_from_points(source, target), [[a, -b, c], [b, a, d]], atol=1e-9)
 
@@ -117,23 +117,23 @@ def test_what_is_drawn_lands_where_the_matrix_says(scale, degrees):
     size = 128
     # A grid in the result, carried back into an original that is larger than what is seen, with the face off its middle.
     grid = np.array([[x, y] for x in (20.0, 64.0, 108.0) for y in (20.0, 64.0, 108.0)])
-    there = similarity(scale=1 / scale, degrees=degrees, shift=(0, 0))
+    matrix = similarity(scale=1 / scale, degrees=degrees, shift=(0, 0))
     side = round(2 * size / scale)
-    there[:, 2] = side * np.array([0.45, 0.55]) - carry_over(np.array([[64.0, 64.0]]), there)[0]
-    image = dots(carry_over(grid, there), size=(side, side + 10), radius=6 / scale)
-    aligned = align_face(image, carry_over(template_points(size), there), size=size)
-    for point, found in zip(grid, carry_over(carry_over(grid, there), aligned.matrix), strict=True):
-        np.testing.assert_allclose(found, point, atol=1e-8)
-        np.testing.assert_allclose(center_of_mass(aligned.image, found, 10), found, atol=0.06)
+    matrix[:, 2] = side * np.array([0.45, 0.55]) - carry_over(np.array([[64.0, 64.0]]), matrix)[0]
+    image = dots(carry_over(grid, matrix), size=(side, side + 10), radius=6 / scale)
+    aligned = align_face(image, carry_over(template_points(size), matrix), size=size)
+    for point, landed in zip(grid, carry_over(carry_over(grid, matrix), aligned.matrix), strict=True):
+        np.testing.assert_allclose(landed, point, atol=1e-8)
+        np.testing.assert_allclose(center_of_mass(aligned.image, landed, 10), landed, atol=0.06)
 
 
 @pytest.mark.parametrize("degrees", [0, 3, 30, 45])
 def test_a_fine_checkerboard_shrunk_eight_times_becomes_even_grey(degrees):
     y, x = np.mgrid[:1200, :1200]
     board = np.repeat((255 * ((x + y) % 2)).astype(np.uint8)[..., None], 3, axis=2)
-    there = similarity(scale=8, degrees=degrees, shift=(0, 0))
-    there[:, 2] = 600 - carry_over(np.array([[55.5, 55.5]]), there)[0]
-    aligned = align_face(board, carry_over(TEMPLATE, there), size=112).image
+    matrix = similarity(scale=8, degrees=degrees, shift=(0, 0))
+    matrix[:, 2] = 600 - carry_over(np.array([[55.5, 55.5]]), matrix)[0]
+    aligned = align_face(board, carry_over(TEMPLATE, matrix), size=112).image
     inside = aligned[30:82, 30:82].astype(int)
     assert inside.min() >= 126
     assert inside.max() <= 129
@@ -142,9 +142,9 @@ def test_a_fine_checkerboard_shrunk_eight_times_becomes_even_grey(degrees):
 def test_stripes_finer_than_the_result_leave_no_moire():
     x = np.arange(1100)
     stripes = np.broadcast_to((127.5 + 127.5 * np.sin(2 * np.pi * x / 5.3)).round().astype(np.uint8)[None, :, None], (1100, 1100, 3))
-    there = similarity(scale=8, degrees=17, shift=(0, 0))
-    there[:, 2] = 550 - carry_over(np.array([[55.5, 55.5]]), there)[0]
-    aligned = align_face(stripes.copy(), carry_over(TEMPLATE, there), size=112).image
+    matrix = similarity(scale=8, degrees=17, shift=(0, 0))
+    matrix[:, 2] = 550 - carry_over(np.array([[55.5, 55.5]]), matrix)[0]
+    aligned = align_face(stripes.copy(), carry_over(TEMPLATE, matrix), size=112).image
     assert aligned[30:82, 30:82].std() < 3
 
 

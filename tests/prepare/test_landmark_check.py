@@ -88,7 +88,7 @@ def test_the_worst_come_first_and_faces_without_an_error_last():
         compared("w", 0.9),
         compared("a", None, second=False),
     ]
-    assert [(one.source, one.error is None) for one in worst_first(faces)] == [
+    assert [(face.source, face.error is None) for face in worst_first(faces)] == [
         ("w", False), ("a", False), ("z", False), ("a", True), ("b", True),
     ]  # fmt: skip
 
@@ -166,19 +166,19 @@ def test_a_sample_is_the_same_every_time_and_part_of_a_larger_one(folder):
 
 
 def test_a_split_that_is_not_there_gets_the_nearest(folder):
-    with pytest.raises(ValueError, match=r"--split tset: choose of train, val, test, all\. Did you mean 'test'"):
+    with pytest.raises(ValueError, match=r"--split tset: choose one of: train, val, test, all\. Did you mean 'test'"):
         check_landmarks(folder, first="stored", second="dlib", split="tset")
 
 
 def test_stored_landmarks_are_compared_with_what_is_found(folder, known):
-    told = []
-    agreement = check_landmarks(folder, first="stored", second="dlib", on_progress=lambda *now: told.append(now))
-    errors = {one.source: one.error for one in agreement.faces if one.error is not None}
+    reports = []
+    agreement = check_landmarks(folder, first="stored", second="dlib", on_progress=lambda *now: reports.append(now))
+    errors = {face.source: face.error for face in agreement.faces if face.error is not None}
     numbers = [n for n in range(6, 21) if n % 5 and n != 7]
     assert errors == pytest.approx({f"test/fear/{n:02d}.png": n / 10 / 30 for n in numbers}, abs=1e-4)
     assert list(errors) == [f"test/fear/{n:02d}.png" for n in reversed(numbers)]
     assert agreement.missing == (3, 1)  # 10, 15 and 20; 7
-    assert told == [(15, 15)]
+    assert reports == [(15, 15)]
 
 
 def test_the_order_of_the_sources_is_the_callers(folder, known):
@@ -192,7 +192,7 @@ def test_the_order_of_the_sources_is_the_callers(folder, known):
     [
         ("dlib", "dlib", "both sources are 'dlib'"),
         ("stored", "dilb", "'dilb'.*Did you mean 'dlib'"),
-        ("shipped", "dlib", "'shipped': choose of stored, face-alignment, dlib"),
+        ("shipped", "dlib", "'shipped': choose one of: stored, face-alignment, dlib"),
     ],
 )
 def test_sources_that_cannot_be_compared_are_refused(folder, first, second, words):

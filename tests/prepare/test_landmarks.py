@@ -97,27 +97,27 @@ BOXES = [Box(20, 30, 80, 100), Box(90.5, -20.25, 220, 110), Box(4, 8, 70, 80)]
 
 
 @pytest.fixture(scope="module")
-def found(opened):
+def located(opened):
     """A batch of three, computed once."""
     return opened.find(IMAGES, BOXES)
 
 
-def test_a_batch_agrees_with_the_package_face_by_face(found, files, tmp_path, monkeypatch):
+def test_a_batch_agrees_with_the_package_face_by_face(located, files, tmp_path, monkeypatch):
     import face_alignment
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub/checkpoints").symlink_to(files)
-    theirs = face_alignment.FaceAlignment(face_alignment.LandmarksType.TWO_D, device="cpu", compile=False)
-    expected = [theirs.get_landmarks_from_image(image, [np.array(box)])[0] for image, box in zip(IMAGES, BOXES, strict=True)]
-    assert [points.shape for points in found] == [(68, 2)] * 3
-    assert [points.dtype for points in found] == [np.float64] * 3
-    np.testing.assert_allclose(np.stack(found), np.stack(expected), atol=1e-3, rtol=0)
-    assert all(len(np.unique(points, axis=0)) > 10 for points in found)  # they are not all in one corner
+    package = face_alignment.FaceAlignment(face_alignment.LandmarksType.TWO_D, device="cpu", compile=False)
+    expected = [package.get_landmarks_from_image(image, [np.array(box)])[0] for image, box in zip(IMAGES, BOXES, strict=True)]
+    assert [points.shape for points in located] == [(68, 2)] * 3
+    assert [points.dtype for points in located] == [np.float64] * 3
+    np.testing.assert_allclose(np.stack(located), np.stack(expected), atol=1e-3, rtol=0)
+    assert all(len(np.unique(points, axis=0)) > 10 for points in located)  # they are not all in one corner
 
 
-def test_the_same_batch_gives_the_same_bits(landmarker, found):
-    assert np.stack(landmarker.find(IMAGES, BOXES)).tobytes() == np.stack(found).tobytes()
+def test_the_same_batch_gives_the_same_bits(landmarker, located):
+    assert np.stack(landmarker.find(IMAGES, BOXES)).tobytes() == np.stack(located).tobytes()
 
 
 def settings():
@@ -216,11 +216,11 @@ def test_a_picture_without_a_face_has_no_landmarks(landmarker, shape):
     assert landmarker.find([picture(0, *shape)], [None]) == [None]
 
 
-def test_pictures_with_and_without_a_face_keep_their_order(landmarker, found):
+def test_pictures_with_and_without_a_face_keep_their_order(landmarker, located):
     first, second, third = landmarker.find([IMAGES[2], IMAGES[0], IMAGES[2]], [None, BOXES[0], None])
     assert first is None
     assert third is None
-    np.testing.assert_array_equal(second, found[0])
+    np.testing.assert_array_equal(second, located[0])
 
 
 def test_the_detector_is_loaded_only_where_a_box_is_missing(landmarker):
@@ -234,15 +234,15 @@ def test_the_detector_is_loaded_only_where_a_box_is_missing(landmarker):
 def test_the_search_agrees_with_the_detector_of_the_package(landmarker, files):
     from face_alignment.detection.sfd.sfd_detector import SFDDetector
 
-    theirs = SFDDetector("cpu", path_to_detector=str(files / DETECTOR))
+    package = SFDDetector("cpu", path_to_detector=str(files / DETECTOR))
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        for name, layer in theirs.face_detector.named_modules():
+        for name, layer in package.face_detector.named_modules():
             if name.endswith(("mbox_conf", "mbox_loc")):  # scores on both sides of a half, boxes of somewhat different sizes
                 torch.nn.init.normal_(layer.weight, std=1.0 if name.endswith("conf") else 0.03)
-    landmarker._detector = theirs.face_detector
+    landmarker._detector = package.face_detector
     for image in (picture(5, 96, 128), picture(6, 90, 70)):
-        boxes = list(theirs.detect_from_image(image))
+        boxes = list(package.detect_from_image(image))
         assert len({tuple(box) for box in boxes}) > 5
         largest = max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
         np.testing.assert_allclose(landmarker._search(image), largest[:4], atol=1e-3)

@@ -476,9 +476,9 @@ def test_a_wrong_option_is_named_with_its_value(options, words):
 
 def test_option_sets_of_an_embedded_dataset_live_side_by_side(tmp_path):
     plain = prepared_folder(tmp_path, name="synthetic", entry_name="synthetic", options={})
-    other = prepared_folder(tmp_path, name="synthetic", entry_name="synthetic", options={"size": "64"})
-    assert plain != other
-    assert prepared_folder(tmp_path, name="synthetic", entry_name="synthetic", options={"size": 64}) == other
+    second = prepared_folder(tmp_path, name="synthetic", entry_name="synthetic", options={"size": "64"})
+    assert plain != second
+    assert prepared_folder(tmp_path, name="synthetic", entry_name="synthetic", options={"size": 64}) == second
     assert prepared_folder(tmp_path, name="mine", entry_name="folder", options={}) == tmp_path / "mine"
 
 
@@ -532,12 +532,12 @@ def test_a_dataset_whose_keys_are_bare_positions_verifies_and_is_read(raw, tmp_p
 
 
 def test_a_picture_exchanged_for_one_of_the_same_size_is_noticed(raw, tmp_path):
-    file, other = raw / "test/happiness/00.bmp", raw / "test/anger/00.bmp"
-    for path, shade in ((file, 30), (other, 200)):
+    file, second = raw / "test/happiness/00.bmp", raw / "test/anger/00.bmp"
+    for path, shade in ((file, 30), (second, 200)):
         Image.new("RGB", (16, 16), (shade,) * 3).save(path)
     index = make(raw, tmp_path / "out")
     assert make(raw, tmp_path / "out") == index
-    file.write_bytes(other.read_bytes())
+    file.write_bytes(second.read_bytes())
     with pytest.raises(ValueError, match="were exchanged for others of the same size"):
         make(raw, tmp_path / "out")
 

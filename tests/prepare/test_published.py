@@ -302,10 +302,10 @@ def test_with_names_val_does_not_depend_on_where_the_pictures_lie(tmp_path):
     hashes = set()
     for prefix in ("here/", "there/x_"):
         dataset = listed(tmp_path)
-        found = dataset._with_val(items(prefix), items("t", 9), names={f"{prefix}{i}.jpg": f"{i}.jpg" for i in range(60)})
-        numbers.append(sorted(item.source.removeprefix(prefix) for item in found["val"]))
-        assert all(item.source.startswith(prefix) for item in [*found["train"], *found["val"]])
-        assert len(found["train"]) + len(found["val"]) == 60
+        items_of = dataset._with_val(items(prefix), items("t", 9), names={f"{prefix}{i}.jpg": f"{i}.jpg" for i in range(60)})
+        numbers.append(sorted(item.source.removeprefix(prefix) for item in items_of["val"]))
+        assert all(item.source.startswith(prefix) for item in [*items_of["train"], *items_of["val"]])
+        assert len(items_of["train"]) + len(items_of["val"]) == 60
         hashes.add(dataset.provenance()["val"]["sources_sha256"])
     assert numbers[0] == numbers[1]
     assert len(hashes) == 1

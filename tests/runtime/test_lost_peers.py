@@ -20,10 +20,10 @@ def connection():
 
 def test_connections_to_the_port_are_told_and_no_others(connection):
     client, port = connection
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as other:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as stranger:
         assert give_up_on_lost_peers(port, seconds=7) == 1
         assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7000
-        assert other.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
+        assert stranger.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
 
 
 def test_no_descriptor_is_left_open_and_the_connection_lives(connection):

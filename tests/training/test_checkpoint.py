@@ -29,9 +29,9 @@ def save(folder, step, keep=2, value=1.0):
 
 def test_what_is_saved_is_loaded(tmp_path):
     save(tmp_path, 5, value=2.5)
-    found = load_latest(tmp_path)
-    assert found.state["step"] == 5
-    assert found.model["w"].tolist() == [2.5] * 3
+    loaded = load_latest(tmp_path)
+    assert loaded.state["step"] == 5
+    assert loaded.model["w"].tolist() == [2.5] * 3
 
 
 def test_the_newest_two_are_kept(tmp_path):
