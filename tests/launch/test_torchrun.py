@@ -201,7 +201,7 @@ def test_nodes_that_do_not_come_say_so_with_what_to_look_at(project, run_bench):
 def test_a_batch_that_does_not_divide_is_refused_before_a_process_is_started(project, run_bench):
     done = run_bench(*processes.RUN[4:], "--launcher", "torchrun", "--nproc", "5", "--results", "none", cwd=project)
     assert done.returncode == 2
-    assert "nearest that do: 10 or 15" in done.stderr
+    assert "nearest that do are 10 or 15" in done.stderr
     assert not (project / "none").exists()
 
 
