@@ -22,12 +22,12 @@ VAGUE = {"one", "other", "others", "told", "found", "there", "mine", "theirs"}
 PRIVATE = {
     "backbones/timm_any.py": {"timm.models._features"},  # timm: the wrappers of features_only; checked with 1.0.22 to 1.0.31
     "backbones/deit.py": {"_pos_embed"},  # timm: position embeddings with class token; checked with 1.0.22 to 1.0.31
-    "bench/launch/torchrun.py": {"_rendezvous", "_start_workers", "_monitor_workers", "_remaining_restarts"},  # torch elastic, 2.6 to 2.15
+    "bench/launch/torchrun.py": {"_rendezvous", "_start_workers", "_monitor_workers", "_remaining_restarts"},  # torch elastic 2.15
     "bench/launch/slurm.py": {"_make_submission_file_text", "_submitit_command_str"},  # submitit 1.5: the text of --dry-run
     "bench/prepare/published.py": {"_Hash"},  # hashlib: the type of a hash
     "bench/training/ema.py": {"_foreach_lerp_"},  # torch: the moving average of all weights in one call
-    "bench/runtime/agreement.py": {"_get_default_store"},  # torch.distributed, 2.6 to 2.15
-    "bench/runtime/deepspeed_strategy.py": {"_hp_mapping"},  # DeepSpeed's universal checkpoints, 0.16 to 0.19
+    "bench/runtime/agreement.py": {"_get_default_store"},  # torch.distributed 2.15
+    "bench/runtime/deepspeed_strategy.py": {"_hp_mapping"},  # DeepSpeed 0.19: its universal checkpoints
 }
 """Private names of dependencies, with the versions that the tests have run with."""
 
