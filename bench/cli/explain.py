@@ -71,13 +71,12 @@ def explain(
 
     Exit status: 0 if all is done, 1 if some pictures or maps could not be explained, 2 if none could.
     """
-    from bench.launch.request import parse_device
     from bench.registry import load_plugin
     from bench.reporting.pictures.explain import LandmarkSource, choose_readers, find_pictures, open_training, with_preparation
     from bench.reporting.pictures.explain import explain as explain_pictures
     from bench.runtime.engine import Engine
 
-    chosen = parse_device(device)
+    chosen = options.parse_device(device)
     for plugin in plugins or ():
         load_plugin(plugin)
     restored = with_preparation(open_training(checkpoint), data)

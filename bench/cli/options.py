@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -40,14 +40,15 @@ ProcsPerTraining = Annotated[
 ]
 
 
-class _Flags:
-    """Flags that name a file and a profile, and give settings."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResultsFlags:
+    """The options of verbs that read a results folder: where it is, and what else the file says."""
 
-    results: Results
-    config: ConfigFile
-    profile: Profile
-    sets: Sets
-    plugins: Plugins
+    results: Results = None
+    config: ConfigFile = None
+    profile: Profile = None
+    sets: Sets = None
+    plugins: Plugins = None
 
     def settings(self, **more: Any) -> Settings:
         """Load the plugins, then merge all layers of settings with the flags that were given.
@@ -83,19 +84,8 @@ class _Flags:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ResultsFlags(_Flags):
-    """The options of verbs that read a results folder: where it is, and what else the file says."""
-
-    results: Results = None
-    config: ConfigFile = None
-    profile: Profile = None
-    sets: Sets = None
-    plugins: Plugins = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SettingsFlags(_Flags):
-    """The options that decide the settings of a run: the same for ``run``, ``plan``, ``status`` and ``gallery``."""
+class MatrixFlags:
+    """The options that choose the cells of a run."""
 
     methods: Annotated[str | None, typer.Option(help="Methods, comma-separated; 'all', 'everything'.", rich_help_panel=MATRIX)] = None
     datasets: Annotated[str | None, typer.Option(help="Datasets: names, or paths of prepared folders.", rich_help_panel=MATRIX)] = None
@@ -107,12 +97,13 @@ class SettingsFlags(_Flags):
     metrics: Annotated[
         str | None, typer.Option(help="Optional measures of the maps, comma-separated; 'all'. See docs/metrics.md.", rich_help_panel=MATRIX)
     ] = None
-    results: Results = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SettingsFlags(ResultsFlags, MatrixFlags):
+    """The options that decide the settings of a run: the same for ``run``, ``plan``, ``status`` and ``gallery``."""
+
     data: Data = None
-    config: ConfigFile = None
-    profile: Profile = None
-    sets: Sets = None
-    plugins: Plugins = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,6 +132,17 @@ class ProcessFlags:
     share_devices: Annotated[
         bool, typer.Option("--share-devices", help="Also use devices on which other programs compute.", rich_help_panel=PROCESSES)
     ] = False
+
+
+def parse_device(text: str) -> Literal["auto", "cpu"]:
+    """The value of ``--device``.
+
+    Raises:
+        ValueError: it is neither ``auto`` nor ``cpu``.
+    """
+    if text not in ("auto", "cpu"):
+        raise ValueError(f"--device {text}: choose one of: auto, cpu")
+    return "cpu" if text == "cpu" else "auto"
 
 
 def split_list(text: str | None) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Container, Iterator
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.cli.options import Device, ProcessFlags, SettingsFlags, expanded, split_list
+from bench.cli.options import Device, ProcessFlags, SettingsFlags, expanded, parse_device, split_list
 
 if TYPE_CHECKING:
     from bench.launch.choice import Launch
@@ -58,7 +59,7 @@ def run(
     """
     import dataclasses
 
-    from bench.launch.request import Processes, RunRequest, parse_device
+    from bench.launch.request import Processes, RunRequest
     from bench.runtime.interruption import REQUEUE, StopRequest
 
     settings = flags.settings(train__engine=engine_name)
@@ -140,7 +141,7 @@ def _spawn(request: RunRequest, launch: Launch, plan: Plan, stop: StopRequest) -
     from bench.runtime.interruption import REQUEUE
 
     started = time.monotonic()
-    before, ended = spawn(request, launch, plan, emit=_say, stop=stop)
+    before, ended = spawn(request, launch, plan, emit=functools.partial(typer.echo, err=True), stop=stop)
     now = request.plan(world_size=launch.world_size, trial=False)
     ended = dataclasses.replace(ended, status=0 if len(now.done) == len(now.matrix.cells) else ended.status)
     if ended.message:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -53,14 +53,13 @@ def verify(
         raise ValueError(f"{name} goes with --rerun")
     if data is None and (rerun or strict):
         raise ValueError(f"{'--rerun' if rerun else '--strict'} needs the prepared datasets: --data DIR")
-    if device not in ("auto", "cpu"):
-        raise ValueError(f"--device {device}: choose one of: auto, cpu")
+    chosen = options.parse_device(device)
     for plugin in plugins or ():
         load_plugin(plugin)
     console = Console(stderr=as_json)
     with progress(console, "verifying", unit="records") as tell:
         report = verify_records(paths, data=data, strict=strict, on_progress=lambda done, total: tell(done, total, 0, ""))
-    reruns = _rerun(report, data, trainings=trainings, tolerance=tolerance, device=device) if rerun and data is not None else ()
+    reruns = _rerun(report, data, trainings=trainings, tolerance=tolerance, device=chosen) if rerun and data is not None else ()
     sound = [result for result in reruns if not result.problems and result.folder not in report.unsound]
     if stamp:
         _stamp(report, sound)
@@ -72,7 +71,9 @@ def verify(
         raise typer.Exit(1)
 
 
-def _rerun(report: Report, data: Path, *, trainings: Path | None, tolerance: float | None, device: str) -> tuple[Rerun, ...]:
+def _rerun(
+    report: Report, data: Path, *, trainings: Path | None, tolerance: float | None, device: Literal["auto", "cpu"]
+) -> tuple[Rerun, ...]:
     from bench.audit.rerun import TOLERANCE, rerun
     from bench.audit.verify import find_indexes
     from bench.runtime.engine import Engine
@@ -83,7 +84,7 @@ def _rerun(report: Report, data: Path, *, trainings: Path | None, tolerance: flo
             [fact.folder for fact in report.facts if fact.prints is not None],
             trainings=trainings,
             data=find_indexes(data),
-            engine=Engine(device="cpu" if device == "cpu" else "auto"),
+            engine=Engine(device=device),
             observer=LogObserver(),
             tolerance=TOLERANCE if tolerance is None else tolerance,
         )

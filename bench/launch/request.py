@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from bench.config import Settings
-from bench.sweep.plan import Plan, make_plan
+if TYPE_CHECKING:
+    from bench.config import Settings
+    from bench.sweep.plan import Plan
 
-Device = Literal["auto", "cpu"]
 LAUNCHERS = ("auto", "inline", "torchrun", "slurm")
 
 
@@ -57,7 +57,7 @@ class RunRequest:
     """Modules or files that register entries."""
     only: tuple[str, ...] = ()
     """Keys of trainings, or beginnings of keys; empty = all trainings."""
-    device: Device = "auto"
+    device: Literal["auto", "cpu"] = "auto"
     trackers: tuple[str, ...] = ()
     """Names of Accelerate's trackers."""
     timeout_s: int = 1800
@@ -76,15 +76,7 @@ class RunRequest:
 
     def plan(self, *, world_size: int, trial: bool = True) -> Plan:
         """See `bench.sweep.plan.make_plan`."""
+        # Imported here: it takes seconds, in which a request to stop must already be heard.
+        from bench.sweep.plan import make_plan
+
         return make_plan(self.settings, world_size=world_size, only=self.only, trial=trial)
-
-
-def parse_device(text: str) -> Device:
-    """The value of ``--device``.
-
-    Raises:
-        ValueError: it is neither ``auto`` nor ``cpu``.
-    """
-    if text not in ("auto", "cpu"):
-        raise ValueError(f"--device {text}: choose one of: auto, cpu")
-    return "cpu" if text == "cpu" else "auto"

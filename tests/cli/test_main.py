@@ -26,6 +26,10 @@ assert not heavy, heavy
     run_python(code)
 
 
+def test_a_request_is_made_before_torch_is_imported_so_that_a_stop_in_those_seconds_is_heard(run_python):
+    run_python("import sys, bench.launch.request; assert 'torch' not in sys.modules")
+
+
 @pytest.mark.parametrize("verb", [[], ["run"], ["plan"], ["leaderboard"], ["list"], ["data"], ["data", "prepare"]])
 def test_every_verb_has_help(bench_here, tmp_path, verb):
     done = bench_here(*verb, "--help", cwd=tmp_path)
