@@ -119,6 +119,11 @@ class Training:
         """
         return int(digest({"role": role, "seed": self.seed})[:16], 16) >> 1
 
+    @property
+    def seeds(self) -> dict[str, int]:
+        """The seed, and the seeds of the roles that every training has, as records keep them."""
+        return {"seed": self.seed, **{role: self.derived_seed(role) for role in ("init", "data", "step")}}
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:

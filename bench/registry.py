@@ -31,6 +31,8 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bench.io import file_sha256
+
 
 class EntryOptions(BaseModel):
     """Base of the options an entry accepts in ``[methods.NAME]``, ``[backbones.NAME]`` or ``[datasets.NAME]``."""
@@ -326,9 +328,9 @@ def _code_hash(path: Path) -> str | None:
     digest = hashlib.sha256()
     try:
         if not (path.parent / "__init__.py").is_file():
-            return hashlib.sha256(path.read_bytes()).hexdigest()
+            return file_sha256(path)
         for file in sorted(path.parent.rglob("*.py")):
-            digest.update(f"{file.relative_to(path.parent).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+            digest.update(f"{file.relative_to(path.parent).as_posix()} {file_sha256(file)}\n".encode())
     except OSError:
         return None
     return digest.hexdigest()

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench.cli.main import main
-from bench.config import load_settings
+from bench.config import Settings, load_settings
 from bench.runtime.engine import Engine
 from bench.runtime.observer import LogObserver
 from bench.sweep.plan import make_plan, ready_plan
@@ -121,11 +121,7 @@ def bench_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     return run
 
 
-TINY = """
-[run]
-methods = ["cam"]
-backbones = ["mini"]
-data = "{data}"
+SMALL = """
 [images]
 size = 32
 [backbones.mini]
@@ -136,14 +132,22 @@ size = 36
 train = 48
 val = 14
 test = 27
+[loader]
+workers = 0
 [train]
-epochs = 2
 batch_size = 12
 optimizer = "adamw"
 lr = 0.003
 schedule = "constant"
-[loader]
-workers = 0
+"""
+"""Settings of a training of seconds; what follows belongs to ``[train]``."""
+TINY = f"""
+[run]
+methods = ["cam"]
+backbones = ["mini"]
+data = "{{data}}"
+{SMALL}
+epochs = 2
 """
 
 
@@ -160,6 +164,12 @@ def project(tmp_path: Path, data_root: Path) -> Path:
     return tmp_path
 
 
+def carry_out(settings: Settings) -> Outcome:
+    """Prepare the data and do all that settings ask for, in this process."""
+    plan = ready_plan(make_plan(settings), observer=LogObserver())
+    return run_plan(plan, engine=Engine(train=settings.config.train, device="cpu"), observer=LogObserver())
+
+
 @pytest.fixture
 def go(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Carry out a run in this process, from settings given as dotted keys."""
@@ -167,38 +177,21 @@ def go(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]
 
     def run(**flags: object) -> Outcome:
         settings = load_settings(environ={}, flags={key.replace("__", "."): value for key, value in flags.items()})
-        plan = ready_plan(make_plan(settings), observer=LogObserver())
-        return run_plan(plan, engine=Engine(train=settings.config.train, device="cpu"), observer=LogObserver())
+        return carry_out(settings)
 
     return run
 
 
-HONEST = """
+HONEST = f"""
 [run]
 methods = ["cam", "gradcam"]
 backbones = ["mini"]
 guidance = ["none"]
 seeds = [0, 1]
 results = "results"
-data = "{data}"
-[images]
-size = 32
-[backbones.mini]
-width = 8
-norm = "group"
-[datasets.synthetic]
-size = 36
-train = 48
-val = 14
-test = 27
-[train]
+data = "{{data}}"
+{SMALL}
 epochs = 1
-batch_size = 12
-optimizer = "adamw"
-lr = 0.003
-schedule = "constant"
-[loader]
-workers = 0
 [slurm]
 partition = "department-of-faces"
 """
@@ -210,9 +203,7 @@ def finish(folder: Path, settings_file: str) -> Path:
     (folder / "bench.toml").write_text(settings_file)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        settings = load_settings(environ={})
-        plan = ready_plan(make_plan(settings), observer=LogObserver())
-        outcome = run_plan(plan, engine=Engine(train=settings.config.train, device="cpu"), observer=LogObserver())
+        outcome = carry_out(load_settings(environ={}))
     assert not outcome.failed
     return folder
 

@@ -326,7 +326,7 @@ def _identity_problems(folder: Path, record: Record) -> Iterator[Problem]:
         )
     elif re.fullmatch(r"seed\d+-[0-9a-f]{10}", folder.resolve().name) and not folder.resolve().name.endswith(f"-{record.key[:10]}"):
         yield Problem(folder, "folder", f"key {record.key[:10]}", f"the folder is {folder.name}", "a record moved, or copied and edited")
-    seeds = {"seed": training.seed, **{role: training.derived_seed(role) for role in ("init", "data", "step")}}
+    seeds = training.seeds
     for role in sorted(seeds.keys() | record.seeds.keys()):
         if seeds.get(role) != record.seeds.get(role):
             actual = f"seed {training.seed} gives {seeds.get(role)}"

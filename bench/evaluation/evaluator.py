@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.au.codebook import REFERENCE_FRAME
-from bench.au.maps import expression_ids
+from bench.au.maps import action_unit_maps, expression_ids
 from bench.data.batch import RawBatch, Reader
 from bench.data.index import hash_keys
-from bench.data.transforms import eval_landmarks
 from bench.evaluation.class_maps import AverageMaps, ClassSums, average_maps
 from bench.evaluation.invariance import Slice, check_invariance
-from bench.evaluation.maps import attention_cosines, cosines, enlarged, map_ranges, stored_au_maps, where_valid
+from bench.evaluation.maps import attention_cosines, cosines, enlarged, map_ranges, reference_landmarks, where_valid
 from bench.evaluation.measures import NO_MEASURES, Choice, Explained, Measuring
 from bench.evaluation.parts import combine, convert
 from bench.evaluation.read_out import forward, grad_mode, network_input, read_out
@@ -199,11 +198,13 @@ class _Evaluation:
 
     def add(self, raw: RawBatch) -> None:
         """Compute a batch. Sums stay on the device; values of the samples go to the host at the end."""
-        batch, size, stored = raw.to(self.engine.device), self.size, raw.images.shape[-1]
+        batch, size = raw.to(self.engine.device), self.size
         expressions = self.expressions[batch.labels]
-        au_maps, valid = stored_au_maps(batch.landmarks, expressions, stored=stored, size=size, variant=self.au_variant)
+        landmarks = reference_landmarks(batch.landmarks, stored=raw.images.shape[-1])
+        au_maps, valid = action_unit_maps(landmarks, expressions, frame=REFERENCE_FRAME, size=size, variant=self.au_variant)
         images = network_input(self.classifier, batch.images, size=size)
         output = forward(self.classifier, images, label=str(self.work))
+        predicted = output.logits.argmax(dim=1)
         attention = {layer: layer_attention(features.detach()) for layer, features in output.layers.items()}
         place = {"positions": batch.positions, "labels": batch.labels}
         self.au_sums.add(au_maps, **place, valid=valid)
@@ -214,8 +215,8 @@ class _Evaluation:
             randomised=self.measuring.randomised,
             images=images,
             logits=output.logits.detach(),
-            predicted=output.logits.argmax(dim=1),
-            landmarks=eval_landmarks(batch.landmarks, stored=stored, size=REFERENCE_FRAME),
+            predicted=predicted,
+            landmarks=landmarks,
             expressions=expressions,
             au_maps=au_maps,
             au_valid=valid,
@@ -226,15 +227,15 @@ class _Evaluation:
         for name, method in self.methods.items():
             with self.watch.timing(name):
                 maps[name] = read_out(method, self.classifier, output, batch.labels)
-            predicted = read_out(method, self.classifier, output, output.logits.argmax(dim=1))
-            map_true, map_predicted = enlarged(maps[name], size=size), enlarged(predicted, size=size)
+            of_predicted = read_out(method, self.classifier, output, predicted)
+            map_true, map_predicted = enlarged(maps[name], size=size), enlarged(of_predicted, size=size)
             self.map_sums[name].add(map_true, **place)
-            explained = explain(method=method, raw_predicted=predicted, map_true=map_true, map_predicted=map_predicted)
+            explained = explain(method=method, raw_predicted=of_predicted, map_true=map_true, map_predicted=map_predicted)
             of_method[name] = {
                 "map_cosines_true": where_valid(valid, cosines(map_true, au_maps)),
                 "map_cosines_predicted": where_valid(valid, cosines(map_predicted, au_maps)),
                 "map_ranges_true": map_ranges(maps[name]),
-                "map_ranges_predicted": map_ranges(predicted),
+                "map_ranges_predicted": map_ranges(of_predicted),
                 "measures": self.measuring.measure(explained, positions=batch.positions),
             }
         self.slice.keep(raw, logits=output.logits, maps=maps)

@@ -13,6 +13,12 @@ from bench.au.maps import AUMaps, action_unit_maps
 from bench.data.transforms import eval_landmarks
 
 
+def reference_landmarks(landmarks: Tensor, *, stored: int) -> Tensor:
+    """Landmarks (B, 68, 2) of stored pictures of side ``stored``, in the frame of AU maps."""
+    # The published pixel radii are meant for this frame, whatever the size of the network's input.
+    return eval_landmarks(landmarks, stored=stored, size=REFERENCE_FRAME)
+
+
 def stored_au_maps(landmarks: Tensor, expressions: Tensor, *, stored: int, size: int, variant: Literal["official", "symmetric"]) -> AUMaps:
     """AU maps of stored faces.
 
@@ -23,9 +29,7 @@ def stored_au_maps(landmarks: Tensor, expressions: Tensor, *, stored: int, size:
         size: side of the maps.
         variant: geometry, see `bench.au.maps.action_unit_maps`.
     """
-    # The published pixel radii are meant for this frame, whatever the size of the network's input.
-    landmarks = eval_landmarks(landmarks, stored=stored, size=REFERENCE_FRAME)
-    return action_unit_maps(landmarks, expressions, frame=REFERENCE_FRAME, size=size, variant=variant)
+    return action_unit_maps(reference_landmarks(landmarks, stored=stored), expressions, frame=REFERENCE_FRAME, size=size, variant=variant)
 
 
 def min_max(maps: Tensor) -> Tensor:

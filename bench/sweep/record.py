@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 import bench
 from bench.backbone import BACKBONES
 from bench.dataset import DATASETS
+from bench.io import file_sha256
 from bench.matrix import Cell, DatasetRef, Training
 from bench.method import METHODS
 from bench.registry import foreign_code, is_foreign
@@ -279,7 +280,7 @@ def _source_hash() -> str:
             for path in sorted(Path(folder).rglob("*")):
                 if path.suffix in (".py", ".toml") and "__pycache__" not in path.parts:
                     name = path.relative_to(folder).as_posix()
-                    digest.update(f"{package}/{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+                    digest.update(f"{package}/{name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -292,7 +293,7 @@ def _changes(root: Path) -> bytes | None:
     changed = [diff.encode()] if diff else []
     for name in filter(None, untracked.split("\0")):
         path = root / name
-        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+        content = file_sha256(path) if path.is_file() else "no file"
         changed.append(f"untracked {name} {content}".encode())
     return b"\n".join(changed)
 

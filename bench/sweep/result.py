@@ -103,7 +103,7 @@ def compose_record(cell: Cell, result: Evaluated, facts: RunFacts, *, hashes: Ha
         code=facts.code,
         hardware=hardware_facts(facts.engine.device, world_size=facts.engine.world_size),
         cost=_cost(result, facts),
-        seeds={"seed": training.seed, **{role: training.derived_seed(role) for role in ("init", "data", "step")}},
+        seeds=training.seeds,
         finished=timestamp(),
     )
 

@@ -13,7 +13,7 @@ from bench.dataset import EXPRESSIONS
 from bench.draws import drawing
 from bench.evaluation.contract import check_output
 from bench.evaluation.maps import map_ranges
-from bench.evaluation.read_out import read_out
+from bench.evaluation.read_out import grad_mode, read_out
 from bench.matrix import Cell, Planned, Training
 from bench.method import METHODS, Batch, Classifier, Output
 from bench.training.build import build_classifier, build_method, build_reader
@@ -139,7 +139,7 @@ def _read(cell: Cell, classifier: Classifier, batch: Batch, *, num_classes: int)
     method = build_reader(cell).for_trial()
     classifier.eval()
     try:
-        with torch.enable_grad() if method.needs_grad else torch.inference_mode():
+        with grad_mode([method]):
             output = classifier(batch.images)
             check_output(output, classifier, samples=PICTURES, num_classes=num_classes)
             output.images = batch.images

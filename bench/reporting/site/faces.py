@@ -10,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bench.au.codebook import REFERENCE_FRAME
-from bench.au.maps import action_unit_maps, expression_ids
+from bench.au.maps import expression_ids
 from bench.data.index import INDEX_NAME, Index, load_index
 from bench.data.stored import read_sample
-from bench.data.transforms import eval_landmarks
 from bench.dataset import DATASETS
 from bench.evaluation.class_maps import SIDE, Bytes
+from bench.evaluation.maps import stored_au_maps
 from bench.sweep.record import Record
 
 
@@ -73,10 +72,10 @@ def load_faces(prepared: Prepared, record: Record, positions: Sequence[int], *, 
     located = [(shard, member) for shard in split.shards for member in shard.members]
     samples = [(read_sample(folder, *located[position]), located[position][1].label) for position in positions]
     points = np.stack([np.full((68, 2), np.nan) if sample.landmarks is None else sample.landmarks for sample, _ in samples])
-    maps, valid = action_unit_maps(
-        eval_landmarks(torch.from_numpy(points).float(), stored=index.image_size, size=REFERENCE_FRAME),
+    maps, valid = stored_au_maps(
+        torch.from_numpy(points).float(),
         expression_ids(index.classes)[[label for _, label in samples]],
-        frame=REFERENCE_FRAME,
+        stored=index.image_size,
         size=SIDE,
         variant=record.evaluation["au_maps"],
     )
